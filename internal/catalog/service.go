@@ -29,7 +29,7 @@ func (s Scheme) IsHTTP() bool { return s == HTTP || s == HTTPS || s == HTTPAndHT
 // Service is one service as every node sees it. It is immutable once it is part
 // of a Snapshot: readers share it and must not change it.
 type Service struct {
-	Name      string
+	Name      string     // always printable ASCII; an invalid name is shown quoted and shortened here
 	Scheme    Scheme     // "" while the service has no usable scheme: nothing is routed
 	Endpoints []Endpoint // sorted by Name; no two have the same Addr
 	HostPort  int        // port on every node; 0 for none, or when another service holds it
@@ -47,7 +47,7 @@ func (s *Service) Routable() bool { return s.Scheme != "" }
 
 // Endpoint is one address that serves a service.
 type Endpoint struct {
-	Name   string         // the <n> of hosts/<n>
+	Name   string         // the <n> of hosts/<n>, quoted if it is not printable ASCII
 	Addr   netip.AddrPort // never unspecified, multicast or link-local; port 1 to 65535
 	Weight int            // 0 to 256, share of the traffic relative to the others; 100 unless set
 	Drain  bool           // takes no new connections or requests; running ones finish
@@ -78,12 +78,15 @@ type Options struct {
 	SendProxy      bool          // announce the client with PROXY protocol v2
 }
 
-// Key is one raw key of a service as the store holds it.
+// Key is one raw key of a service as the store holds it. Name and Value are
+// what somebody wrote and may hold anything: pass them through Show before a
+// person sees them.
 type Key struct {
-	Name           string // below /services/<service>/, such as "hosts/1"
-	Value          string // as written, not validated
+	Name           string // below /services/<service>/, such as "hosts/1"; "" for /services/<service> itself
+	Value          string // as written, not validated; cut after 16 KiB
 	Good           string // the last value that was valid; "" if there was none or Value itself is valid
 	HasGood        bool   // Good is in force in place of Value
+	Held           bool   // the store has lost this key, and the loss is held back (Snapshot.Held)
 	CreateRevision int64
 	ModRevision    int64
 }

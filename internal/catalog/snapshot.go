@@ -66,7 +66,8 @@ func (s *Snapshot) Service(name string) *Service {
 }
 
 // Fold returns the service that is called name when case is ignored, as host
-// names are, or nil.
+// names are, or nil. Of several it is the one that is public and holds the name;
+// then a routable one, then the first by name.
 func (s *Snapshot) Fold(name string) *Service {
 	if s == nil {
 		return nil
@@ -75,15 +76,35 @@ func (s *Snapshot) Fold(name string) *Service {
 	if sh == nil {
 		return nil
 	}
-	if v := sh.services[name]; v != nil && !v.Shadowed {
+	if v := sh.services[name]; v != nil && foldRank(v) == 0 {
 		return v
 	}
+	var best *Service
 	for k, v := range sh.services {
-		if !v.Shadowed && strings.EqualFold(k, name) {
-			return v
+		if strings.EqualFold(k, name) && !v.Shadowed && (best == nil || foldBefore(v, best)) {
+			best = v
 		}
 	}
-	return nil
+	return best
+}
+
+func foldRank(s *Service) int {
+	switch {
+	case !s.Routable():
+		return 3
+	case s.Shadowed:
+		return 2
+	case s.Private:
+		return 1
+	}
+	return 0
+}
+
+func foldBefore(a, b *Service) bool {
+	if ra, rb := foldRank(a), foldRank(b); ra != rb {
+		return ra < rb
+	}
+	return a.Name < b.Name
 }
 
 // All yields every service in no particular order.
@@ -176,7 +197,7 @@ func (s *Snapshot) with(revision int64, changed map[string]*Service) *Snapshot {
 	if s != nil {
 		next.shards, next.size = s.shards, s.size
 	}
-	fresh := map[int]bool{}
+	var fresh [shardCount]bool
 	for name, svc := range changed {
 		i := shardOf(name)
 		if !fresh[i] {
