@@ -1,0 +1,44 @@
+# make demo and make test install what they need (apt, with sudo if not root).
+VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
+FUZZTIME ?= 20s
+
+.PHONY: build test race lint fuzz bench demo check deps haproxies
+
+build: ## bin/flotilla
+	go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
+
+test: haproxies lint ## everything that continuous integration runs
+	go test -timeout 30m ./...
+
+race: haproxies ## the tests under the race detector
+	go test -race -timeout 60m ./...
+
+check: lint race ## before a push
+
+lint: ## what tools can tell about the code
+	@echo gofmt -l .; out=$$(gofmt -l .); test -z "$$out" || { echo "not as gofmt writes it: $$out" >&2; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+	go tool errcheck ./...
+	go mod tidy -diff
+
+fuzz: ## every fuzz test for FUZZTIME
+	@set -e; for pkg in $$(go list ./...); do \
+		for f in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+			echo "$$pkg $$f"; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+bench: deps build ## one folder of bench/ per claim
+	@set -e; for dir in bench/*/; do echo "$$dir"; go run "./$$dir"; done
+
+demo: ## three nodes on this machine; DEMO=once tells the story and exits
+	@scripts/install-deps.sh demo
+	@$(MAKE) --no-print-directory build
+	go run ./demo
+
+deps:
+	@scripts/install-deps.sh test
+
+haproxies: deps # the versions of HAProxy to test with, beside the installed one
+	@test/haproxies.sh
