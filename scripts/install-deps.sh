@@ -16,7 +16,7 @@ dig       bind9-dnsutils   DNS questions
 '
 test='
 gcc       gcc              the race detector
-/usr/share/doc/libc6-dev libc6-dev the race detector
+/usr/include/stdio.h libc6-dev the race detector
 dnsmasq   dnsmasq-base     the DNS server we compare with
 dnsperf   dnsperf          DNS load
 wrk       wrk              HTTP load
