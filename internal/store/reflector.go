@@ -103,6 +103,9 @@ func (r *Reflector) set(change func(*Status)) {
 	change(&r.status)
 }
 
+// answerLimit is how long a watch may take to say how far it is.
+const answerLimit = time.Second
+
 var (
 	errRelist = errors.New("the watch cannot go on from where it was")
 	errHeld   = errors.New("the store holds another cluster or an older state than before: nothing is changed until this is confirmed")
@@ -114,6 +117,7 @@ var (
 // apply returns how many keys differed from what it had.
 func (r *Reflector) Run(ctx context.Context, apply func(Update) (changed int)) error {
 	s := &session{Reflector: r, apply: apply, relist: true}
+	s.planCheck()
 	for attempt := 0; ctx.Err() == nil; attempt++ {
 		err := s.run(ctx)
 		if ctx.Err() != nil {
@@ -148,13 +152,14 @@ func (r *Reflector) Run(ctx context.Context, apply func(Update) (changed int)) e
 // session is what Run knows; only its goroutine touches it.
 type session struct {
 	*Reflector
-	apply  func(Update) int
-	known  head      // cluster and revision that everything was delivered up to; zero before the first list
-	hold   time.Time // when holding began; zero if not holding
-	relist bool      // the next run begins with a list
-	proved bool      // the current run was confirmed
-	misses int       // freshness periods in a row without confirmation
-	runs   uint64    // makes the context of each watch unique
+	apply     func(Update) int
+	known     head      // cluster and revision that everything was delivered up to; zero before the first list
+	hold      time.Time // when holding began; zero if not holding
+	nextCheck time.Time // when to compare with a full list
+	relist    bool      // the next run begins with a list
+	proved    bool      // the current run was confirmed
+	misses    int       // freshness periods in a row without confirmation
+	runs      uint64    // makes the context of each watch unique
 }
 
 func (s *session) run(ctx context.Context) error {
@@ -261,17 +266,20 @@ func (s *session) follow(ctx context.Context) error {
 	s.runs++
 	wctx := clientv3.WithRequireLeader(metadata.AppendToOutgoingContext(ctx, "flotilla-watch", fmt.Sprintf("%p-%d", s, s.runs)))
 	batches := make(chan batch)
-	watch := s.c.etcd.Watch(wctx, s.prefix, clientv3.WithPrefix(), clientv3.WithRev(s.known.revision+1))
-	running.Go(func() { pump(ctx, watch, s.known, batches) })
+	from := s.known
+	running.Go(func() {
+		// Watch itself waits for the member's answer.
+		pump(ctx, s.c.etcd.Watch(wctx, s.prefix, clientv3.WithPrefix(), clientv3.WithRev(from.revision+1)), from, batches)
+	})
 
 	reads := make(chan fresh, 1)
 	tick := time.NewTimer(0)
 	defer tick.Stop()
-	var waiting *fresh // a read that the watch has not passed yet
-	asked := false     // the watch owes an answer
+	var waiting *fresh  // a read that the watch has not passed yet
+	var asked time.Time // since when the watch owes an answer; zero if it does not
 
 	lists := make(chan listed, 1)
-	check := time.NewTimer(jitter(s.checkPeriod))
+	check := time.NewTimer(time.Until(s.nextCheck))
 	defer check.Stop()
 	checking := false
 	var since []Event // events delivered while a check is under way
@@ -279,7 +287,7 @@ func (s *session) follow(ctx context.Context) error {
 	for {
 		select {
 		case b := <-batches:
-			asked = false
+			asked = time.Time{}
 			if len(b.events) > 0 {
 				s.known.revision = b.events[len(b.events)-1].ModRevision
 				s.apply(Update{Revision: s.known.revision, Events: b.events})
@@ -313,7 +321,7 @@ func (s *session) follow(ctx context.Context) error {
 			if err := s.check(f.head, f.floor); err != nil {
 				return err
 			}
-			if asked {
+			if !asked.IsZero() && time.Since(asked) > answerLimit {
 				s.misses++
 				return errStuck
 			}
@@ -324,7 +332,12 @@ func (s *session) follow(ctx context.Context) error {
 				s.misses++
 				return fmt.Errorf("watch %s: %w", s.prefix, err)
 			}
-			asked, waiting = true, &f
+			if asked.IsZero() {
+				asked = f.began
+			}
+			if waiting == nil {
+				waiting = &f
+			}
 
 		case <-check.C:
 			checking, since = true, nil
@@ -335,7 +348,8 @@ func (s *session) follow(ctx context.Context) error {
 			})
 
 		case l := <-lists:
-			check.Reset(jitter(s.checkPeriod))
+			s.planCheck()
+			check.Reset(time.Until(s.nextCheck))
 			checking = false
 			if errors.Is(l.err, ErrCompacted) {
 				return l.err
@@ -346,6 +360,8 @@ func (s *session) follow(ctx context.Context) error {
 		}
 	}
 }
+
+func (s *session) planCheck() { s.nextCheck = time.Now().Add(jitter(s.checkPeriod)) }
 
 // compare delivers the result of the periodic check.
 func (s *session) compare(items []KV) {
