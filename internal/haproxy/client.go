@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"time"
 )
@@ -36,43 +37,69 @@ func (a Answer) Err() error {
 	return errors.New(a.Text)
 }
 
+// ErrGuard is returned by DoIf when the guard's answer was not accepted.
+var ErrGuard = errors.New("haproxy is not the process that was expected")
+
 // Do sends commands over one connection, without waiting in between, and returns
 // their answers in order. On an error the answers that had arrived are returned
 // and the outcome of the others is unknown (the error wraps ErrUnknown).
 func (c *Client) Do(ctx context.Context, commands ...string) ([]Answer, error) {
-	var b bytes.Buffer
-	b.WriteString("prompt\nset severity-output number\n")
+	return c.DoIf(ctx, "", nil, commands...)
+}
+
+// DoIf is Do, but first sends the guard command and goes on only if accept takes
+// its answer; otherwise it returns ErrGuard and has sent nothing else.
+func (c *Client) DoIf(ctx context.Context, guard string, accept func(Answer) bool, commands ...string) ([]Answer, error) {
 	for _, cmd := range commands {
 		if i := strings.IndexFunc(cmd, func(r rune) bool { return r < ' ' || r > '~' || r == ';' }); i >= 0 {
 			return nil, fmt.Errorf("haproxy command %q: byte %q is not allowed", cmd, cmd[i])
 		}
-		b.WriteString(cmd)
-		b.WriteByte('\n')
 	}
-	b.WriteString("quit\n")
-
 	conn, err := c.dial(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close() //nolint:errcheck // nothing is buffered
+	defer func() { _ = conn.Close() }()
+	answers, err := converse(conn, guard, accept, commands)
+	if err != nil && !errors.Is(err, ErrGuard) {
+		err = fmt.Errorf("haproxy socket %s: %w: %w", c.Socket, ErrUnknown, err)
+	}
+	return answers, err
+}
+
+func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []string) ([]Answer, error) {
+	in := &answerReader{r: conn}
+	if _, err := io.WriteString(conn, "prompt\nset severity-output number\n"); err != nil {
+		return nil, err
+	}
+	if _, err := in.read(2); err != nil {
+		return nil, err
+	}
+	if guard != "" {
+		if _, err := io.WriteString(conn, guard+"\n"); err != nil {
+			return nil, err
+		}
+		answer, err := in.read(1)
+		if err != nil {
+			return nil, err
+		}
+		if !accept(answer[0]) {
+			return nil, ErrGuard
+		}
+	}
 	// Long batches would block both sides if nobody read the answers meanwhile.
 	sent := make(chan error, 1)
 	go func() {
-		_, err := conn.Write(b.Bytes())
+		_, err := io.WriteString(conn, strings.Join(commands, "\n")+"\n")
 		sent <- err
 	}()
-	answers, err := readAnswers(conn, len(commands))
+	answers, err := in.read(len(commands))
 	if err != nil {
 		_ = conn.Close() // ends the writer
+		<-sent
+		return answers, err
 	}
-	if werr := <-sent; err == nil && werr != nil && len(answers) < len(commands) {
-		err = werr
-	}
-	if err != nil {
-		return answers, fmt.Errorf("haproxy socket %s: %w: %w", c.Socket, ErrUnknown, err)
-	}
-	return answers, nil
+	return answers, <-sent
 }
 
 // Payload sends one command with a multi-line payload, such as a certificate.
@@ -88,6 +115,12 @@ func (c *Client) Payload(ctx context.Context, command, payload string) error {
 	return parseAnswer(strings.TrimSpace(text)).Err()
 }
 
+// Alive reports whether somebody answers on the socket.
+func (c *Client) Alive() bool {
+	_, err := c.Do(context.Background(), "show version")
+	return err == nil
+}
+
 // Master sends one command to the master process's socket and returns its answer.
 func (c *Client) Master(ctx context.Context, command string) (string, error) {
 	return c.raw(ctx, command+"\n")
@@ -99,7 +132,7 @@ func (c *Client) raw(ctx context.Context, text string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer conn.Close() //nolint:errcheck // nothing is buffered
+	defer func() { _ = conn.Close() }()
 	if _, err := io.WriteString(conn, text); err != nil {
 		return "", fmt.Errorf("haproxy socket %s: %w: %w", c.Socket, ErrUnknown, err)
 	}
@@ -131,38 +164,32 @@ func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 
 var prompt = []byte("\n> ")
 
-// readAnswers reads n answers that follow the answers to "prompt" and "set
-// severity-output". Each ends with an empty line and a prompt.
-func readAnswers(r io.Reader, n int) ([]Answer, error) {
+// answerReader splits what HAProxy sends in prompt mode: every answer ends with
+// an empty line and a prompt.
+type answerReader struct {
+	r   io.Reader
+	buf []byte // read, not yet part of an answer
+}
+
+func (a *answerReader) read(n int) ([]Answer, error) {
 	answers := make([]Answer, 0, n)
-	buf := make([]byte, 0, 64<<10)
-	skip := 2
-	for {
-		for {
-			i := bytes.Index(buf, prompt)
-			if i < 0 {
-				break
-			}
-			text := string(buf[:i])
-			buf = append(buf[:0], buf[i+len(prompt):]...)
-			if skip > 0 {
-				skip--
-				continue
-			}
-			answers = append(answers, parseAnswer(text))
-			if len(answers) == n {
-				return answers, nil
-			}
+	scanned := 0 // no prompt begins before this
+	for len(answers) < n {
+		if i := bytes.Index(a.buf[scanned:], prompt); i >= 0 {
+			answers = append(answers, parseAnswer(string(a.buf[:scanned+i])))
+			a.buf = a.buf[scanned+i+len(prompt):]
+			scanned = 0
+			continue
 		}
-		if len(buf) == cap(buf) {
-			buf = append(buf, make([]byte, len(buf))...)[:len(buf)]
-		}
-		m, err := r.Read(buf[len(buf):cap(buf)])
-		buf = buf[:len(buf)+m]
+		scanned = max(0, len(a.buf)-len(prompt)+1)
+		a.buf = slices.Grow(a.buf, 16<<10)
+		m, err := a.r.Read(a.buf[len(a.buf):cap(a.buf)])
+		a.buf = a.buf[:len(a.buf)+m]
 		if err != nil && m == 0 {
 			return answers, err
 		}
 	}
+	return answers, nil
 }
 
 func parseAnswer(text string) Answer {

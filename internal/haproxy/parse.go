@@ -6,6 +6,7 @@ package haproxy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -88,13 +89,15 @@ func ParseMap(text string) map[string]string {
 // backend/server.
 func ParseConns(text string) map[string]int {
 	used := map[string]int{}
+	column := -1
 	for line := range strings.SplitSeq(text, "\n") {
 		f := strings.Fields(line)
-		if len(f) < 7 || f[0][0] == '#' {
-			continue
-		}
-		if n, err := strconv.Atoi(f[6]); err == nil {
-			used[f[0]] = n
+		if len(f) > 0 && f[0] == "#" {
+			column = slices.Index(f, "used_cur") - 1 // the "#" is a field of the heading only
+		} else if column >= 0 && len(f) > column {
+			if n, err := strconv.Atoi(f[column]); err == nil {
+				used[f[0]] = n
+			}
 		}
 	}
 	return used

@@ -4,11 +4,22 @@ package router
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"flotilla/internal/catalog"
+	"flotilla/internal/child"
+	"flotilla/internal/haproxy"
 )
 
 // Config is what a node decides about its router.
@@ -43,10 +54,10 @@ type Status struct {
 	Generation int64     `json:"generation"`  // of the configuration file that the worker loaded
 	Reloads    uint64    `json:"reloads"`     // asked by us since the node started
 	LastReload string    `json:"last_reload,omitempty"`
-	Resyncs    uint64    `json:"resyncs"`   // full comparisons with HAProxy
-	Drift      uint64    `json:"drift"`     // differences that audits found and removed
-	Commands   uint64    `json:"commands"`  // Runtime API commands sent
-	Slots      int       `json:"slots"`     // backends declared
+	Resyncs    uint64    `json:"resyncs"`  // full comparisons with HAProxy
+	Drift      uint64    `json:"drift"`    // differences that audits found and removed
+	Commands   uint64    `json:"commands"` // Runtime API commands sent
+	Slots      int       `json:"slots"`    // backends declared
 	FreeSlots  int       `json:"free_slots"`
 	HostPorts  string    `json:"host_ports"` // "nftables" or "listeners"
 	// Problems of this node alone, such as a host_port that another program has.
@@ -72,29 +83,350 @@ type ServiceStats struct {
 
 // Router drives one HAProxy. Make it with New and start it with Run.
 type Router struct {
-	cfg  Config
-	feed *catalog.Feed
-	log  *slog.Logger
+	cfg     Config
+	feed    *catalog.Feed
+	log     *slog.Logger
+	client  *haproxy.Client
+	version haproxy.Version
+	token   string // tells this process's attachment from any other
+
+	status   atomic.Pointer[Status]
+	applied  atomic.Pointer[appliedMark]
+	requests chan func() // run by the loop
+	owners   sync.Map    // service name by backend, for Stats
+	stats    statistics
+
+	// Owned by the loop.
+	attached bool
+	have     *state // what HAProxy runs, as far as it was read
+	slots    slots  // which backends are free
+	done     *catalog.Snapshot
+	ports    hostPorts
+	certs    certificates
+	disk     disk
+	reload   reloading
+	failed   map[string]string // services that HAProxy refuses, and why
+	draining bool
+	counts   struct{ reloads, resyncs, drift, commands uint64 }
+	audit    auditor
+	start    chan struct{} // closed when HAProxy may be started
+}
+
+type appliedMark struct {
+	revision int64
+	replaced chan struct{}
 }
 
 // New returns a router for cfg that follows feed.
 func New(cfg Config, feed *catalog.Feed, log *slog.Logger) (*Router, error) {
-	return &Router{cfg: cfg, feed: feed, log: log}, nil
+	dir, err := filepath.Abs(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("router directory %s: %w", cfg.Dir, err)
+	}
+	cfg.Dir = dir
+	r := &Router{
+		cfg: cfg, feed: feed, log: log,
+		client:   &haproxy.Client{Socket: filepath.Join(dir, "admin.sock")},
+		token:    rand.Text(),
+		requests: make(chan func()),
+		failed:   map[string]string{},
+		start:    make(chan struct{}),
+		have:     newState(),
+	}
+	r.applied.Store(&appliedMark{replaced: make(chan struct{})})
+	r.status.Store(&Status{})
+	return r, nil
 }
 
-// Run keeps HAProxy equal to the feed until ctx ends.
-func (r *Router) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+// Run keeps HAProxy equal to the feed until ctx ends. When it supervises HAProxy
+// it stops it then, unless the cause of ctx's end is child.ErrLeave.
+func (r *Router) Run(ctx context.Context) error {
+	if err := r.prepare(ctx); err != nil {
+		return err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	if r.cfg.Supervise {
+		g.Go(func() error { return r.supervise(gctx) })
+	}
+	g.Go(func() error { return r.disk.run(gctx) })
+	g.Go(func() error { return r.loop(gctx) })
+	err := g.Wait()
+	if r.cfg.Supervise && !errors.Is(context.Cause(ctx), child.ErrLeave) {
+		r.ports.remove()
+	}
+	return err
+}
+
+func (r *Router) supervise(ctx context.Context) error {
+	select {
+	case <-r.start:
+	case <-ctx.Done():
+		return nil
+	}
+	err := child.Run(ctx, child.Config{
+		Name:        "haproxy",
+		Argv:        []string{r.cfg.Binary, "-W", "-S", r.masterSocket() + ",mode,600", "-f", r.disk.config()},
+		Dir:         r.cfg.Dir,
+		LogFile:     filepath.Join(r.cfg.Dir, "haproxy.log"),
+		PidFile:     filepath.Join(r.cfg.Dir, "haproxy.pid"),
+		StopTimeout: 5 * time.Second,
+		Logger:      r.log,
+	})
+	if err != nil {
+		return fmt.Errorf("run HAProxy: %w", err)
+	}
+	return nil
+}
+
+func (r *Router) masterSocket() string { return filepath.Join(r.cfg.Dir, "master.sock") }
+
+// attachEvery is how often a router without HAProxy looks for it.
+const attachEvery = 50 * time.Millisecond
+
+// loop is the only goroutine that changes HAProxy.
+func (r *Router) loop(ctx context.Context) error {
+	second := time.NewTicker(time.Second)
+	defer second.Stop()
+	retry := time.NewTicker(attachEvery)
+	defer retry.Stop()
+	var lastErr string
+	for {
+		snapshot, newer := r.feed.Next()
+		err := r.converge(ctx, snapshot)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if text := errorText(err); text != lastErr {
+			if lastErr = text; err != nil {
+				r.log.Warn("router is not converged", "err", err)
+			}
+		}
+		r.publish(err)
+		again := retry.C
+		if err == nil && !r.reload.pending() {
+			again = nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-newer:
+		case f := <-r.requests:
+			f()
+		case <-second.C:
+			r.housekeeping(ctx)
+		case <-again:
+		}
+	}
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// converge makes HAProxy equal snapshot, which is nil before the first one.
+func (r *Router) converge(ctx context.Context, snapshot *catalog.Snapshot) error {
+	if !r.attached {
+		if err := r.attach(ctx, snapshot); err != nil {
+			return err
+		}
+	}
+	if snapshot == nil {
+		return nil
+	}
+	if r.reload.due(time.Now()) {
+		if err := r.doReload(ctx, snapshot); err != nil {
+			return err
+		}
+	}
+	changes := snapshot.Diff(r.done)
+	names := make([]string, len(changes))
+	for i, c := range changes {
+		names[i] = c.Name()
+	}
+	if err := r.reconcile(ctx, snapshot, names); err != nil {
+		return err
+	}
+	r.done = snapshot
+	return nil
+}
+
+// reconcile makes HAProxy serve the named services as the snapshot has them.
+func (r *Router) reconcile(ctx context.Context, snapshot *catalog.Snapshot, names []string) error {
+	const atOnce = 256
+	for len(names) > 0 {
+		batch := names[:min(atOnce, len(names))]
+		names = names[len(batch):]
+		if err := r.reconcileBatch(ctx, snapshot, batch); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Router) reconcileBatch(ctx context.Context, snapshot *catalog.Snapshot, names []string) error {
+	var refused map[string]string
+	for range 3 {
+		var steps []Step
+		for _, name := range names {
+			steps = append(steps, r.planService(snapshot.Service(name), name)...)
+		}
+		if len(steps) == 0 {
+			for _, name := range names {
+				delete(r.failed, name)
+			}
+			return nil
+		}
+		var err error
+		if refused, err = r.execute(ctx, order(steps)); err != nil {
+			return err
+		}
+	}
+	// HAProxy refuses something. One service must not hold up the others: those
+	// that are left over wait for the next audit.
+	for _, name := range names {
+		if len(r.planService(snapshot.Service(name), name)) == 0 {
+			delete(r.failed, name)
+			continue
+		}
+		why := refused[name]
+		if r.failed[name] == "" {
+			r.log.Error("HAProxy refuses a change", "service", name, "reason", why)
+			r.reload.ask(time.Now(), "a change of service "+name+" was refused at run time")
+		}
+		r.failed[name] = why
+	}
+	return nil
+}
+
+// planService returns the steps for one service; svc is nil when it is gone.
+func (r *Router) planService(svc *catalog.Service, name string) []Step {
+	w := want(svc, svc != nil && r.mayOpen(svc))
+	var steps []Step
+	backend := ""
+	if w.service != "" {
+		var ok, isNew bool
+		backend, isNew, ok = r.slots.assign(name, w.class, r.have)
+		if !ok {
+			r.reload.ask(time.Now(), "no free backend of class "+w.class.Code())
+			return nil
+		}
+		r.owners.Store(backend, name)
+		if isNew {
+			steps = append(steps, Step{Do: MakeBackend, Backend: backend, Reason: "service " + name + " is new"})
+		}
+		steps = append(steps, planServers(backend, w.servers, r.have.backends[backend])...)
+	} else {
+		r.slots.release(name, time.Now())
+	}
+	return append(steps, planRoutes(name, backend, w, r.have)...)
+}
+
+// housekeeping runs once a second.
+func (r *Router) housekeeping(ctx context.Context) {
+	if !r.attached {
+		return
+	}
+	now := time.Now()
+	var err error
+	for _, f := range []func(context.Context, time.Time) error{r.retire, r.auditSome, r.checkPorts, r.updateCertificates} {
+		err = errors.Join(err, f(ctx, now))
+	}
+	if err != nil && ctx.Err() == nil {
+		r.log.Warn("router housekeeping", "err", err)
+	}
+	if r.slots.scarce() {
+		r.reload.ask(now, "few free backends are left")
+	}
+	r.writeFiles(now)
+}
+
+// publish makes the loop's state visible to others.
+func (r *Router) publish(err error) {
+	old := r.status.Load()
+	s := &Status{
+		Serving: r.attached, Applied: old.Applied, AppliedAt: old.AppliedAt, Draining: r.draining,
+		Version: r.version.Full, Pid: old.Pid, Generation: r.reload.generation,
+		Reloads: r.counts.reloads, LastReload: r.reload.last,
+		Resyncs: r.counts.resyncs, Drift: r.counts.drift, Commands: r.counts.commands,
+		Slots: r.slots.total(), FreeSlots: r.slots.total() - len(r.slots.used),
+		HostPorts: r.ports.mode(), Problems: r.problems(), Err: errorText(err),
+	}
+	if r.attached {
+		s.Pid = r.disk.pid
+	}
+	if err == nil && r.done != nil && !r.reload.pending() && len(r.failed) == 0 && r.done.Revision != old.Applied {
+		s.Applied, s.AppliedAt = r.done.Revision, time.Now()
+	}
+	r.status.Store(s)
+	if s.Applied != old.Applied {
+		mark := r.applied.Swap(&appliedMark{s.Applied, make(chan struct{})})
+		close(mark.replaced)
+	}
+}
+
+func (r *Router) problems() []catalog.Problem {
+	problems := append(r.ports.problems(), r.certs.problems...)
+	for name, why := range r.failed {
+		problems = append(problems, catalog.Problem{
+			Key:    catalog.Prefix + name,
+			Reason: "HAProxy refuses it: " + why,
+			Remedy: "report this as a bug, with the service's keys; the service is served as it was before",
+		})
+	}
+	return problems
+}
 
 // Status returns the router's state now. It never blocks.
-func (r *Router) Status() Status { return Status{} }
+func (r *Router) Status() Status { return *r.status.Load() }
 
 // Applied returns the catalog revision that HAProxy runs and a channel that is
 // closed when it changes.
-func (r *Router) Applied() (int64, <-chan struct{}) { return 0, nil }
+func (r *Router) Applied() (int64, <-chan struct{}) {
+	mark := r.applied.Load()
+	return mark.revision, mark.replaced
+}
 
 // SetDraining makes the balancer's check answer 503, or 200 again. It outlives
 // restarts of the node.
-func (r *Router) SetDraining(draining bool) error { return nil }
+func (r *Router) SetDraining(draining bool) error {
+	result := make(chan error, 1)
+	ask := func() { result <- r.setDraining(draining) }
+	select {
+	case r.requests <- ask:
+		return <-result
+	case <-time.After(5 * time.Second):
+		return errors.New("the router is busy; try again")
+	}
+}
 
-// Stats reads every service's counters from HAProxy.
-func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) { return nil, nil }
+func (r *Router) setDraining(draining bool) error {
+	r.draining = draining
+	r.disk.touch(haproxy.StateMap)
+	r.writeFiles(time.Time{})
+	if !r.attached {
+		return nil
+	}
+	cmd := fmt.Sprintf("set map %s draining %s", r.mapFile(haproxy.StateMap), yes(draining))
+	answers, err := r.client.DoIf(context.Background(), r.guard(), r.isOurs, cmd)
+	if err != nil {
+		return err
+	}
+	return answers[0].Err()
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+func (r *Router) mapFile(name string) string {
+	return haproxy.Config{Dir: r.cfg.Dir}.Map(name)
+}
+
+// isRoot decides whether HAProxy is told to give up its rights.
+func isRoot() bool { return os.Geteuid() == 0 }

@@ -1,0 +1,318 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"flotilla/internal/catalog"
+	"flotilla/internal/haproxy"
+)
+
+// hostPorts opens the host_ports of services on this node. With nftables every
+// port is redirected to one of two listeners, and a new port costs one set
+// element; elsewhere a new port is a new listener, which costs a reload.
+type hostPorts struct {
+	log      *slog.Logger
+	address  netip.Addr
+	nftables bool
+	redirect int             // port of the TCP listener; the HTTP one is the next
+	open     map[string]bool // redirected now, by "map port"
+	listen   map[entry]bool  // listeners that the running configuration has
+	wanted   map[entry]bool  // listeners that the next one shall have
+	busy     map[int]busyPort
+	next     time.Time // of the next look for other programs
+}
+
+// busyPort is a host_port that this node cannot open.
+type busyPort struct {
+	service string
+	why     error
+}
+
+func (p *hostPorts) prepare(ctx context.Context, cfg Config, log *slog.Logger) error {
+	*p = hostPorts{
+		log: log, address: cfg.Address, redirect: cfg.RedirectPort,
+		open: map[string]bool{}, listen: map[entry]bool{}, wanted: map[entry]bool{}, busy: map[int]busyPort{},
+	}
+	if cfg.HostPorts == "listeners" {
+		return nil
+	}
+	err := p.nft(ctx, p.table(nil))
+	p.nftables = err == nil
+	switch {
+	case err != nil && cfg.HostPorts == "nftables":
+		return fmt.Errorf("host ports: %w: run as root with the nftables package installed, or use --host-ports=listeners", err)
+	case err != nil:
+		log.Info("host_ports open by reload", "reason", "nftables cannot be used", "err", err)
+	}
+	return nil
+}
+
+func (p *hostPorts) mode() string {
+	if p.nftables {
+		return "nftables"
+	}
+	return "listeners"
+}
+
+// binds returns the ports that HAProxy itself listens on for host_ports.
+func (p *hostPorts) binds(tcp bool) []int {
+	if p.nftables {
+		if tcp {
+			return []int{p.redirect}
+		}
+		return []int{p.redirect + 1}
+	}
+	var ports []int
+	for e := range p.listen {
+		if port, err := strconv.Atoi(e.Key); err == nil && (e.Map == haproxy.TCPPortMap) == tcp {
+			ports = append(ports, port)
+		}
+	}
+	slices.Sort(ports)
+	if len(ports) == 0 { // a frontend needs one
+		return p.unusedBind(tcp)
+	}
+	return ports
+}
+
+func (p *hostPorts) unusedBind(tcp bool) []int {
+	if tcp {
+		return []int{p.redirect}
+	}
+	return []int{p.redirect + 1}
+}
+
+// adopt makes the wanted listeners those of the next configuration.
+func (p *hostPorts) adopt() { p.listen = maps.Clone(p.wanted) }
+
+// mayOpen reports whether this node can offer the service's host_port, and sees
+// to it that it will. A port that another program listens on is a problem of
+// this node alone.
+func (r *Router) mayOpen(svc *catalog.Service) bool {
+	p := &r.ports
+	if svc.HostPort == 0 || !svc.Routable() {
+		return false
+	}
+	e := entry{haproxy.HTTPPortMap, strconv.Itoa(svc.HostPort)}
+	if svc.Scheme == catalog.TCP {
+		e.Map = haproxy.TCPPortMap
+	}
+	if !p.nftables && p.listen[e] {
+		return true
+	}
+	if err := tryBind(netip.AddrPortFrom(p.address, uint16(svc.HostPort))); err != nil {
+		// A port that changes between TCP and HTTP is held by HAProxy itself.
+		other := entry{haproxy.HTTPPortMap, e.Key}
+		if e.Map == other.Map {
+			other.Map = haproxy.TCPPortMap
+		}
+		if p.nftables || !p.listen[other] {
+			p.busy[svc.HostPort] = busyPort{svc.Name, err}
+			return false
+		}
+		delete(p.wanted, other)
+	}
+	delete(p.busy, svc.HostPort)
+	if !p.nftables && !p.wanted[e] {
+		p.wanted[e] = true
+		r.reload.ask(time.Now(), "host_port "+e.Key+" of service "+svc.Name+" is new")
+	}
+	return true
+}
+
+// tryBind reports why nobody could listen on the address now, if so.
+func tryBind(addr netip.AddrPort) error {
+	family := unix.AF_INET
+	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	if addr.Addr().Is6() {
+		family = unix.AF_INET6
+		sa = &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	// With SO_REUSEADDR only a listening socket is in the way, not one that is
+	// in TIME_WAIT. Not listening, we never take a connection.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	return unix.Bind(fd, sa)
+}
+
+// follow opens and closes ports as the steps that were carried out route them.
+func (p *hostPorts) follow(ctx context.Context, steps []Step) error {
+	var script strings.Builder
+	for _, s := range steps {
+		set, ok := portSets[s.Map]
+		if !ok {
+			continue
+		}
+		key := set + " " + s.Key
+		switch {
+		case s.Do == DelRoute && !p.nftables:
+			delete(p.wanted, entry{s.Map, s.Key})
+		case !p.nftables:
+		case s.Do == SetRoute && !p.open[key]:
+			p.open[key] = true
+			fmt.Fprintf(&script, "add element %s %s { %s }\n", p.name(), set, s.Key)
+		case s.Do == DelRoute && p.open[key]:
+			delete(p.open, key)
+			fmt.Fprintf(&script, "delete element %s %s { %s }\n", p.name(), set, s.Key)
+		}
+	}
+	if script.Len() == 0 {
+		return nil
+	}
+	if err := p.nft(ctx, script.String()); err != nil {
+		// The set may have been changed by hand: replace all of it.
+		return p.nft(ctx, p.table(p.open))
+	}
+	return nil
+}
+
+var portSets = map[string]string{haproxy.TCPPortMap: "tcp_ports", haproxy.HTTPPortMap: "http_ports"}
+
+// resync opens just the ports that the maps route.
+func (p *hostPorts) resync(ctx context.Context, have *state) error {
+	clear(p.open)
+	for e := range have.routes {
+		set, ok := portSets[e.Map]
+		switch {
+		case !ok:
+		case p.nftables:
+			p.open[set+" "+e.Key] = true
+		default:
+			p.wanted[e] = true
+			p.listen[e] = true
+		}
+	}
+	if !p.nftables {
+		return nil
+	}
+	return p.nft(ctx, p.table(p.open))
+}
+
+func (p *hostPorts) family() string {
+	if p.address.Is6() {
+		return "ip6"
+	}
+	return "ip"
+}
+
+// name is the table's: each node on a machine has its own.
+func (p *hostPorts) name() string {
+	clean := strings.NewReplacer(".", "_", ":", "_").Replace(p.address.String())
+	return p.family() + " flotilla_" + clean
+}
+
+// table returns the script that replaces the whole table in one transaction.
+func (p *hostPorts) table(open map[string]bool) string {
+	var b strings.Builder
+	name := p.name()
+	fmt.Fprintf(&b, "add table %s\ndelete table %s\nadd table %s\n", name, name, name)
+	for i, set := range []string{"tcp_ports", "http_ports"} {
+		fmt.Fprintf(&b, "add set %s %s { type inet_service; }\n", name, set)
+		for _, hook := range []string{"prerouting", "output"} {
+			fmt.Fprintf(&b, "add chain %s %s { type nat hook %s priority -100; }\n", name, hook, hook)
+			fmt.Fprintf(&b, "add rule %s %s %s daddr %s tcp dport @%s dnat to %s\n",
+				name, hook, p.family(), p.address, set, netip.AddrPortFrom(p.address, uint16(p.redirect+i)))
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(open)) {
+		set, port, _ := strings.Cut(key, " ")
+		fmt.Fprintf(&b, "add element %s %s { %s }\n", name, set, port)
+	}
+	return b.String()
+}
+
+// nft runs a script as one transaction.
+func (p *hostPorts) nft(ctx context.Context, script string) error {
+	cmd := exec.CommandContext(ctx, "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(script)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("nft: %w: %.200s", err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// remove takes the redirects away when HAProxy stops for good.
+func (p *hostPorts) remove() {
+	if !p.nftables {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if err := p.nft(ctx, "delete table "+p.name()+"\n"); err != nil {
+		p.log.Warn("host ports stay redirected", "err", err)
+	}
+}
+
+// checkPorts looks from time to time whether other programs took or freed a
+// port, and renews the redirects in case somebody removed them.
+func (r *Router) checkPorts(ctx context.Context, now time.Time) error {
+	p := &r.ports
+	if now.Before(p.next) || r.done == nil {
+		return nil
+	}
+	p.next = now.Add(10 * time.Second)
+	var names []string
+	for port, b := range p.busy {
+		if svc := r.done.Service(b.service); svc == nil || svc.HostPort != port {
+			delete(p.busy, port)
+		} else {
+			names = append(names, b.service)
+		}
+	}
+	if p.nftables {
+		for e, value := range r.have.routes {
+			if _, service := haproxy.RouteOwner(value); portSets[e.Map] != "" {
+				names = append(names, service)
+			}
+		}
+	}
+	slices.Sort(names)
+	if err := r.reconcile(ctx, r.done, slices.Compact(names)); err != nil {
+		return err
+	}
+	if p.nftables && p.nft(ctx, "list table "+p.name()+"\n") != nil {
+		p.log.Warn("host ports are redirected anew", "reason", "the nftables table was removed")
+		return p.nft(ctx, p.table(p.open))
+	}
+	return nil
+}
+
+func (p *hostPorts) problems() []catalog.Problem {
+	var problems []catalog.Problem
+	for _, port := range slices.Sorted(maps.Keys(p.busy)) {
+		b := p.busy[port]
+		reason, remedy := fmt.Sprintf("this node cannot open the port: %v", b.why), "choose another host_port"
+		switch {
+		case errors.Is(b.why, syscall.EADDRINUSE):
+			reason = "another program on this node listens on the port"
+			remedy = fmt.Sprintf("stop it (ss -ltnp sport = :%d names it), let it listen on another address, or choose another host_port", port)
+		case errors.Is(b.why, syscall.EACCES):
+			reason = "this node may not open ports below 1024"
+			remedy = "run it as root or give it CAP_NET_BIND_SERVICE, or choose a host_port above 1023"
+		}
+		problems = append(problems, catalog.Problem{
+			Key: catalog.Prefix + b.service + "/host_port", Value: strconv.Itoa(port), Reason: reason, Remedy: remedy,
+		})
+	}
+	return problems
+}

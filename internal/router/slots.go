@@ -1,0 +1,252 @@
+package router
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"flotilla/internal/haproxy"
+)
+
+// slots knows which backend serves which service. Before HAProxy 3.4 backends
+// cannot be made at run time, so the file declares some in advance and a service
+// takes a free one; from 3.4 on they are made when needed, named after the
+// service.
+type slots struct {
+	runtime  bool              // HAProxy makes backends at run time
+	used     map[string]string // backend by service
+	fresh    map[haproxy.Class][]string
+	retiring []retired // no route leads to them any more, requests may still be on their way
+	resting  []retired // parked; to be used again when it is certain that nothing is left in them
+	declared map[haproxy.Class]int
+}
+
+type retired struct {
+	backend string
+	since   time.Time
+}
+
+const (
+	// retireAfter lets requests that were routed before the last route went reach
+	// their server.
+	retireAfter = 3 * time.Second
+	// restFor is longer than a request can wait in a backend for a connection.
+	restFor = 30 * time.Second
+)
+
+// spare is how many backends of a class are declared at least.
+func spare(c haproxy.Class) int {
+	switch {
+	case c == haproxy.Class{Balance: "leastconn"}:
+		return 1024
+	case c == haproxy.Class{Balance: "leastconn", TCP: true}:
+		return 256
+	}
+	return 16
+}
+
+// declare returns how many backends of the class the next file shall have.
+func (s *slots) declare(c haproxy.Class) int {
+	if s.runtime {
+		return 0
+	}
+	return max(spare(c), s.inUse(c)*3/2)
+}
+
+func (s *slots) inUse(c haproxy.Class) int {
+	n := 0
+	for _, backend := range s.used {
+		if class, _ := haproxy.ClassOf(backend); class == c {
+			n++
+		}
+	}
+	return n
+}
+
+// scarce reports that a class is running out of backends.
+func (s *slots) scarce() bool {
+	if s.runtime {
+		return false
+	}
+	for c, n := range s.declared {
+		free := len(s.fresh[c])
+		for _, r := range s.resting {
+			if class, _ := haproxy.ClassOf(r.backend); class == c {
+				free++
+			}
+		}
+		if free*8 < n {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *slots) total() int {
+	if s.runtime {
+		return len(s.used) + len(s.resting) + len(s.retiring)
+	}
+	n := 0
+	for _, d := range s.declared {
+		n += d
+	}
+	return n
+}
+
+// reset learns the slots from what HAProxy runs: its backends, and which of them
+// routes lead to.
+func (s *slots) reset(have *state, runtime bool, now time.Time) {
+	*s = slots{runtime: runtime, used: map[string]string{}, fresh: map[haproxy.Class][]string{}, declared: map[haproxy.Class]int{}}
+	taken := map[string]bool{}
+	for service, routes := range have.owned {
+		for _, value := range routes {
+			backend, _ := haproxy.RouteOwner(value)
+			if _, ok := have.backends[backend]; ok {
+				s.used[service] = backend
+				taken[backend] = true
+			}
+		}
+	}
+	for _, backend := range slices.Sorted(maps.Keys(have.backends)) {
+		class, ok := haproxy.ClassOf(backend)
+		if !ok {
+			continue
+		}
+		s.declared[class]++
+		switch {
+		case taken[backend]:
+		case len(have.backends[backend]) > 0 || runtime:
+			s.retiring = append(s.retiring, retired{backend, now})
+		default:
+			s.fresh[class] = append(s.fresh[class], backend)
+		}
+	}
+	for _, fresh := range s.fresh {
+		slices.Reverse(fresh) // taken from the end: lowest first
+	}
+}
+
+// assign returns the service's backend of the class, taking a free one if it has
+// none; isNew says that it must be made first. The backend of another class that
+// the service had is retired.
+func (s *slots) assign(service string, class haproxy.Class, have *state) (backend string, isNew, ok bool) {
+	old, had := s.used[service]
+	if c, _ := haproxy.ClassOf(old); had && c == class {
+		_, exists := have.backends[old]
+		return old, !exists, true
+	}
+	switch fresh := s.fresh[class]; {
+	case s.runtime:
+		backend = class.BackendName(service)
+		_, exists := have.backends[backend]
+		isNew = !exists
+		gone := func(r retired) bool { return r.backend == backend }
+		s.retiring = slices.DeleteFunc(s.retiring, gone)
+		s.resting = slices.DeleteFunc(s.resting, gone)
+	case len(fresh) > 0:
+		backend = fresh[len(fresh)-1]
+		s.fresh[class] = fresh[:len(fresh)-1]
+	default:
+		return "", false, false
+	}
+	if had {
+		s.retiring = append(s.retiring, retired{old, time.Now()})
+	}
+	s.used[service] = backend
+	return backend, isNew, true
+}
+
+// release gives up the service's backend.
+func (s *slots) release(service string, now time.Time) {
+	if backend, ok := s.used[service]; ok {
+		delete(s.used, service)
+		s.retiring = append(s.retiring, retired{backend, now})
+	}
+}
+
+// ripe removes and returns those of list that have been there for d.
+func ripe(list *[]retired, now time.Time, d time.Duration) []string {
+	var names []string
+	*list = slices.DeleteFunc(*list, func(r retired) bool {
+		old := now.Sub(r.since) >= d
+		if old {
+			names = append(names, r.backend)
+		}
+		return old
+	})
+	return names
+}
+
+// retire parks the servers of backends that are no longer routed to, and makes
+// those that have rested free again, or removes them where HAProxy can.
+func (r *Router) retire(ctx context.Context, now time.Time) error {
+	var steps []Step
+	for _, backend := range ripe(&r.slots.retiring, now, retireAfter) {
+		steps = append(steps, planServers(backend, nil, r.have.backends[backend])...)
+		r.slots.resting = append(r.slots.resting, retired{backend, now})
+	}
+	if len(steps) > 0 {
+		if _, err := r.execute(ctx, steps); err != nil {
+			return err
+		}
+	}
+	for _, backend := range ripe(&r.slots.resting, now, restFor) {
+		free, err := r.reclaim(ctx, backend)
+		if err != nil {
+			return err
+		}
+		if !free {
+			r.slots.resting = append(r.slots.resting, retired{backend, now})
+		}
+	}
+	return nil
+}
+
+// reclaim makes a rested backend free if nothing is left in it: a request that is
+// still to be tried again there must not reach the next service's endpoint.
+func (r *Router) reclaim(ctx context.Context, backend string) (bool, error) {
+	answers, err := r.do(ctx, "show servers conn "+backend, "show stat "+backend+" 2 -1")
+	if err != nil {
+		return false, err
+	}
+	for _, used := range haproxy.ParseConns(answers[0].Text) {
+		if used > 0 {
+			return false, nil
+		}
+	}
+	for _, row := range haproxy.ParseStats(answers[1].Text) {
+		if n, _ := strconv.Atoi(row["scur"]); n > 0 || row["qcur"] != "0" {
+			return false, nil
+		}
+	}
+	r.owners.Delete(backend)
+	if r.slots.runtime {
+		return r.removeBackend(ctx, backend)
+	}
+	class, _ := haproxy.ClassOf(backend)
+	r.slots.fresh[class] = append([]string{backend}, r.slots.fresh[class]...)
+	return true, nil
+}
+
+// removeBackend deletes a backend and its servers. A refusal is normal while
+// something still refers to them; it is tried again later.
+func (r *Router) removeBackend(ctx context.Context, backend string) (bool, error) {
+	commands := []string{"unpublish backend " + backend}
+	for name := range r.have.backends[backend] {
+		commands = append(commands, fmt.Sprintf("del server %s/%s", backend, name))
+	}
+	commands = append(commands, "del backend "+backend, "show backend")
+	answers, err := r.do(ctx, commands...)
+	if err != nil {
+		return false, err
+	}
+	if slices.Contains(parseBackends(answers[len(answers)-1].Text), backend) {
+		return false, r.readBack(ctx, []string{backend}, nil)
+	}
+	delete(r.have.backends, backend)
+	r.disk.forget(backend)
+	return true, nil
+}
