@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 )
 
@@ -154,6 +155,7 @@ func (c *Client) dial(endpoints ...string) (*clientv3.Client, error) {
 			// blocks every n-th call on a member that hangs. Without it
 			// gRPC takes the first endpoint that connects.
 			grpc.WithDisableServiceConfig(),
+			grpc.WithChainUnaryInterceptor(record),
 			grpc.WithConnectParams(grpc.ConnectParams{
 				Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 				MinConnectTimeout: readLimit,
@@ -184,14 +186,55 @@ func withLimit(ctx context.Context, limit time.Duration) (context.Context, conte
 	return context.WithTimeout(ctx, limit)
 }
 
+// attempts is what became of the attempts of one call. clientv3 tries again
+// until the deadline and then forgets why.
+type attempts struct {
+	sent bool  // a member may have received it
+	err  error // of the last attempt that did not just run out of time
+}
+
+type attemptsKey struct{}
+
+// recorded returns a context that records the attempts of one unary call.
+func recorded(ctx context.Context) (context.Context, *attempts) {
+	a := &attempts{}
+	return context.WithValue(ctx, attemptsKey{}, a), a
+}
+
+// record runs around each attempt.
+func record(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	a, ok := ctx.Value(attemptsKey{}).(*attempts)
+	if !ok {
+		return invoke(ctx, method, req, reply, conn, opts...)
+	}
+	var p peer.Peer // stays empty if no connection could be had
+	err := invoke(ctx, method, req, reply, conn, append(slices.Clone(opts), grpc.Peer(&p))...)
+	if p.Addr != nil {
+		a.sent = true
+	}
+	if err != nil && codeOf(err) != codes.DeadlineExceeded {
+		a.err = err
+	}
+	return err
+}
+
+// cause returns the error that says more.
+func (a *attempts) cause(err error) error {
+	if a.err != nil && codeOf(err) == codes.DeadlineExceeded {
+		return a.err
+	}
+	return err
+}
+
 // Get reads one key, linearizably. The second result is false if there is no
 // such key.
 func (c *Client) Get(ctx context.Context, key string) (KV, bool, error) {
 	ctx, cancel := withLimit(ctx, readLimit)
 	defer cancel()
+	ctx, tried := recorded(ctx)
 	resp, err := c.etcd.Get(ctx, key)
 	if err != nil {
-		return KV{}, false, c.explain("read "+key, err)
+		return KV{}, false, c.explain("read "+key, tried.cause(err))
 	}
 	if len(resp.Kvs) == 0 {
 		return KV{}, false, nil
@@ -223,10 +266,11 @@ func (c *Client) list(ctx context.Context, prefix string, revision int64) ([]KV,
 	}
 	for {
 		pctx, cancel := withLimit(ctx, pageLimit)
+		pctx, tried := recorded(pctx)
 		resp, err := c.etcd.Get(pctx, from, clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(at.revision))
 		cancel()
 		if err != nil {
-			return nil, head{}, c.explain("list "+prefix, err)
+			return nil, head{}, c.explain("list "+prefix, tried.cause(err))
 		}
 		if at.cluster == 0 {
 			at.cluster = resp.Header.ClusterId
@@ -292,4 +336,8 @@ func clientLogger(log *slog.Logger) *zap.Logger {
 
 func kvOf(kv *mvccpb.KeyValue) KV {
 	return KV{Key: string(kv.Key), Value: string(kv.Value), CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision}
+}
+
+func eventOf(e *clientv3.Event) Event {
+	return Event{KV: kvOf(e.Kv), Deleted: e.Type == clientv3.EventTypeDelete}
 }

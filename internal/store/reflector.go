@@ -415,9 +415,10 @@ func (s *session) readFresh(ctx context.Context, floor int64) fresh {
 	f := fresh{began: time.Now(), floor: floor}
 	ctx, cancel := context.WithTimeout(ctx, readLimit)
 	defer cancel()
+	ctx, tried := recorded(ctx)
 	resp, err := s.c.etcd.Get(ctx, s.freshKey)
 	if err != nil {
-		f.err = s.c.explain("read "+s.freshKey, err)
+		f.err = s.c.explain("read "+s.freshKey, tried.cause(err))
 		return f
 	}
 	f.head = head{resp.Header.ClusterId, resp.Header.Revision}
@@ -482,7 +483,7 @@ func (b *batch) add(resp clientv3.WatchResponse, ok bool, cluster uint64, last *
 			return fmt.Errorf("%w: event of revision %d came after %d", errRelist, e.Kv.ModRevision, *last)
 		}
 		*last = e.Kv.ModRevision
-		b.events = append(b.events, Event{KV: kvOf(e.Kv), Deleted: e.Type == clientv3.EventTypeDelete})
+		b.events = append(b.events, eventOf(e))
 	}
 	return nil
 }

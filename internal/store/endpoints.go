@@ -1,0 +1,293 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+)
+
+// How often and how long each endpoint is probed, and how often the list of
+// members is read.
+const (
+	probePeriod  = 2 * time.Second
+	probeLimit   = 1500 * time.Millisecond
+	memberPeriod = 30 * time.Second
+)
+
+// probe is one endpoint as Run sees it.
+type probe struct {
+	endpoint   string
+	configured bool
+	rank       float64 // random: clients spread over the members
+	etcd       *clientv3.Client
+	cluster    uint64 // that answered last
+	err        error  // of the last round
+}
+
+// Run chooses the endpoints until ctx ends, and returns nil then. Every 2 s it
+// reads linearizably through each known voter, and gives only those that answer
+// to the client: the local one first, then in an order of its own. If none
+// answers all of them stay. The members announce further endpoints, which are
+// used if they answer and belong to the same cluster.
+func (c *Client) Run(ctx context.Context) error {
+	probes := map[string]*probe{}
+	defer func() {
+		for _, p := range probes {
+			_ = p.etcd.Close()
+		}
+	}()
+	var listed time.Time
+	for {
+		c.known(probes)
+		c.round(ctx, probes)
+		if time.Since(listed) > memberPeriod && c.readMembers(ctx) == nil {
+			listed = time.Now()
+			c.known(probes)
+		}
+		select {
+		case <-time.After(probePeriod):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// known makes probes hold the configured endpoints and those of the members.
+func (c *Client) known(probes map[string]*probe) {
+	c.mu.Lock()
+	want := slices.Concat(c.configured, c.members)
+	c.mu.Unlock()
+	for e, p := range probes {
+		if !slices.Contains(want, e) {
+			_ = p.etcd.Close()
+			delete(probes, e)
+		}
+	}
+	for _, e := range want {
+		if probes[e] != nil {
+			continue
+		}
+		etcd, err := c.dial(e)
+		if err != nil {
+			c.log.Warn("store endpoint cannot be used", "endpoint", e, "err", err)
+			continue
+		}
+		p := &probe{endpoint: e, configured: slices.Contains(c.configured, e), rank: rand.Float64(), etcd: etcd}
+		if e == c.cfg.Local {
+			p.rank = -1
+		}
+		probes[e] = p
+	}
+}
+
+// round probes all endpoints and gives the best to the client.
+func (c *Client) round(ctx context.Context, probes map[string]*probe) {
+	was := map[string]error{}
+	var g sync.WaitGroup
+	for _, p := range probes {
+		was[p.endpoint] = p.err
+		g.Go(func() { p.read(ctx) })
+	}
+	g.Wait()
+	if ctx.Err() != nil {
+		return
+	}
+	all := make([]*probe, 0, len(probes))
+	for _, p := range probes {
+		all = append(all, p)
+	}
+	slices.SortFunc(all, func(a, b *probe) int { return comparing(a.rank, b.rank) })
+
+	c.mu.Lock()
+	for _, p := range all { // configured endpoints say which cluster is ours
+		if p.configured && p.err == nil {
+			c.cluster = p.cluster
+			break
+		}
+	}
+	cluster := c.cluster
+	c.mu.Unlock()
+
+	var good, every []string
+	for _, p := range all {
+		if p.err == nil && !p.configured && p.cluster != cluster {
+			p.err = errors.New("it belongs to another cluster")
+		}
+		if p.err == nil {
+			good = append(good, p.endpoint)
+		}
+		every = append(every, p.endpoint)
+		if before := was[p.endpoint]; before == nil && p.err != nil {
+			c.log.Warn("store endpoint does not answer", "endpoint", p.endpoint, "err", p.err)
+		} else if before != nil && p.err == nil {
+			c.log.Info("store endpoint answers again", "endpoint", p.endpoint)
+		}
+	}
+	if len(good) == 0 {
+		good = every
+	}
+	c.use(good)
+}
+
+func comparing(a, b float64) int {
+	if a < b {
+		return -1
+	}
+	return 1
+}
+
+// read proves that the endpoint reaches a quorum. A refusal for want of rights
+// proves it too.
+func (p *probe) read(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	defer cancel()
+	resp, err := p.etcd.Get(ctx, "\x00", clientv3.WithCountOnly())
+	switch {
+	case err == nil:
+		p.cluster, p.err = resp.Header.ClusterId, nil
+	case codeOf(err) == codes.PermissionDenied:
+		p.err = nil
+	default:
+		p.err = err
+	}
+}
+
+// use gives the endpoints to clientv3, best first.
+func (c *Client) use(endpoints []string) {
+	c.mu.Lock()
+	before := c.inUse
+	c.inUse = endpoints
+	c.mu.Unlock()
+	if slices.Equal(before, endpoints) {
+		return
+	}
+	if endpoints[0] == c.cfg.Local && before[0] != c.cfg.Local {
+		// gRPC stays where it is as long as that is in the list.
+		c.etcd.SetEndpoints(endpoints[0])
+	}
+	c.etcd.SetEndpoints(endpoints...)
+}
+
+// readMembers remembers what the voters announce as their client URLs.
+func (c *Client) readMembers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
+	resp, err := c.etcd.MemberList(ctx)
+	if err != nil {
+		return err
+	}
+	var urls []string
+	for _, m := range resp.Members {
+		if m.IsLearner {
+			continue
+		}
+		for _, u := range m.ClientURLs {
+			if u, err := normalEndpoint(u, c.cfg.TLS != nil); err == nil && !slices.Contains(c.configured, u) {
+				urls = append(urls, u)
+			}
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.members = urls
+	return nil
+}
+
+// Member is one member of the store as Status found it.
+type Member struct {
+	Name      string        `json:"name"` // "" until it has started once
+	ID        string        `json:"id"`   // hexadecimal, as etcdctl writes it
+	Endpoint  string        `json:"endpoint"`
+	Learner   bool          `json:"learner"` // not a voter
+	Leader    bool          `json:"leader"`
+	Reachable bool          `json:"reachable"`
+	Version   string        `json:"version"`  // of etcd
+	DBSize    int64         `json:"db_size"`  // bytes of the file
+	DBInUse   int64         `json:"db_inuse"` // bytes of it that hold data
+	Quota     int64         `json:"quota"`    // bytes that the file may reach; 0 not known
+	Latency   time.Duration `json:"latency"`  // of the question
+	Err       string        `json:"err"`      // what is wrong with it; "" if nothing is
+}
+
+// Health is the state of the store.
+type Health struct {
+	Cluster string   `json:"cluster"` // id, hexadecimal; "" not known
+	Quorum  bool     `json:"quorum"`  // the members were read linearizably
+	Members []Member `json:"members"` // by name
+	Err     string   `json:"err"`     // why there is no quorum; "" when there is
+}
+
+// Status asks every member how it is. It answers without a quorum too, with
+// what can still be found out.
+func (c *Client) Status(ctx context.Context) Health {
+	ctx, cancel := withLimit(ctx, writeLimit)
+	defer cancel()
+	lctx, done := context.WithTimeout(ctx, readLimit)
+	list, err := c.etcd.MemberList(lctx)
+	done()
+	h := Health{Quorum: err == nil}
+	if err != nil {
+		h.Err = c.explain("list the members", err).Error()
+		lctx, done := context.WithTimeout(ctx, readLimit/2)
+		list, err = c.etcd.MemberList(lctx, clientv3.WithSerializable()) // as one member knows them
+		done()
+		if err != nil {
+			for _, e := range c.everyEndpoint() {
+				h.Members = append(h.Members, c.ask(ctx, Member{Endpoint: e}, nil))
+			}
+			return h
+		}
+	}
+	h.Cluster = strconv.FormatUint(list.Header.ClusterId, 16)
+	h.Members = make([]Member, len(list.Members))
+	var g sync.WaitGroup
+	for i, m := range list.Members {
+		h.Members[i] = Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
+		g.Go(func() { h.Members[i] = c.ask(ctx, h.Members[i], m.ClientURLs) })
+	}
+	g.Wait()
+	slices.SortFunc(h.Members, func(a, b Member) int { return strings.Compare(a.Name+a.ID, b.Name+b.ID) })
+	return h
+}
+
+// ask completes m with what the first of its endpoints that answers says.
+func (c *Client) ask(ctx context.Context, m Member, urls []string) Member {
+	if len(urls) > 0 {
+		m.Endpoint = urls[0]
+	}
+	if m.Endpoint == "" {
+		m.Err = "it has never started"
+		return m
+	}
+	ctx, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
+	began := time.Now()
+	st, err := c.etcd.Status(ctx, m.Endpoint)
+	m.Latency = time.Since(began)
+	if err != nil {
+		m.Err = fmt.Sprintf("does not answer at %s: %v", m.Endpoint, err)
+		return m
+	}
+	m.Reachable = true
+	m.ID = strconv.FormatUint(st.Header.MemberId, 16)
+	m.Leader = st.Leader == st.Header.MemberId
+	m.Learner = st.IsLearner
+	m.Version, m.DBSize, m.DBInUse, m.Quota = st.Version, st.DbSize, st.DbSizeInUse, st.DbSizeQuota
+	m.Err = strings.Join(st.Errors, "; ")
+	return m
+}
+
+func (c *Client) everyEndpoint() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(c.configured, c.members))))
+}
