@@ -251,13 +251,14 @@ func (ed *edit) put(r *rules, k Key) {
 	ed.own(1)
 	at, found := find(ed.keys, k.Name)
 	kind, _ := kindOf(k.Name)
-	k.Value = cut(k.Value)
+	if short := cut(k.Value); len(short) < len(k.Value) {
+		k.Value = strings.Clone(short)
+	}
 	valid := func(value string) bool { _, f := r.check(kind, value); return f == nil }
 	switch {
 	case valid(k.Value):
 		k.Good, k.HasGood = "", false
 	case k.HasGood && valid(k.Good): // from the last-good file
-		k.Good = strings.Clone(k.Good)
 	case found && valid(ed.keys[at].Value):
 		k.Good, k.HasGood = ed.keys[at].Value, true
 	case found:
@@ -265,7 +266,6 @@ func (ed *edit) put(r *rules, k Key) {
 	default:
 		k.Good, k.HasGood = "", false
 	}
-	k.Value = strings.Clone(k.Value)
 	if found {
 		k.Name = ed.keys[at].Name
 		ed.keys[at] = k
@@ -303,6 +303,9 @@ func (ed *edit) read(r *rules) {
 		ed.keys = slices.Clone(ed.keys)
 	}
 	ed.plain = nil
+	if !slices.ContainsFunc(ed.keys, func(k Key) bool { return k.Held }) {
+		ed.entry.before = 0
+	}
 	if ed.entry.before > 0 {
 		ed.plain = readAny(r, ed.entry.name, withoutHeld(ed.keys))
 		if ed.plain.endpoints() >= ed.entry.before {
@@ -376,7 +379,7 @@ func (b *Builder) finish(revision int64, dirty map[*entry]struct{}) *Snapshot {
 		}
 		changed[e.reading.service.Name] = b.settle(e)
 	}
-	held := b.held()
+	held := b.endHold()
 	if len(changed) == 0 && revision == b.snapshot.Revision && held == b.snapshot.Held {
 		return b.snapshot
 	}

@@ -1,6 +1,9 @@
 package catalog
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 const (
 	holdFor      = 10 * time.Minute
@@ -48,6 +51,9 @@ func (b *Builder) lossOf(edits map[string]*edit) loss {
 }
 
 func (ed *edit) loss() int {
+	if len(ed.gone) == 0 {
+		return 0
+	}
 	return ed.entry.reading.endpoints() - ed.after.endpoints()
 }
 
@@ -77,7 +83,7 @@ func (b *Builder) startHold(batch Batch, edits map[string]*edit) {
 				continue
 			}
 			k.Held = true
-			ed.keys = append(ed.keys[:at:at], append([]Key{k}, ed.keys[at:]...)...)
+			ed.keys = slices.Insert(ed.keys, at, k)
 		}
 		ed.read(b.rules)
 	}
@@ -98,9 +104,6 @@ func (b *Builder) updateHold(e *entry, losing int) {
 		h.Removed += losing - e.losing
 		b.hold.shown = &h
 	}
-	if len(b.hold.services) == 0 {
-		b.hold = nil
-	}
 }
 
 // release carries out everything that is held.
@@ -112,7 +115,12 @@ func (b *Builder) release(dirty map[*entry]struct{}) {
 	}
 }
 
-func (b *Builder) held() *Hold {
+// endHold ends a hold that holds nothing any more and returns what the snapshot
+// says about it.
+func (b *Builder) endHold() *Hold {
+	if b.hold != nil && len(b.hold.services) == 0 {
+		b.hold = nil
+	}
 	if b.hold == nil {
 		return nil
 	}

@@ -70,7 +70,11 @@ func (r *rules) read(service string, keys []Key) *reading {
 	}
 	rd := &reading{service: p.svc}
 	if f := readName(service); f != nil {
-		p.problem("", "", f.reason, f.advice+", and remove this one: "+p.deleteAll())
+		remove := p.deleteAll()
+		if len(keys) == 1 {
+			remove = p.deleteKey(keys[0].Name)
+		}
+		p.problem("", "", f.reason, f.advice+", and remove this one: "+remove)
 		return rd
 	}
 	for i := range keys {
@@ -127,7 +131,7 @@ type namedMeta struct {
 }
 
 func (p *parser) problem(name, value, reason, remedy string) {
-	key := Prefix + Show(p.raw)
+	key := Prefix + p.svc.Name
 	if name != "" {
 		key += "/" + Show(name)
 	}
