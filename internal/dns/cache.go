@@ -50,6 +50,9 @@ func newEntry(r *dns.Msg, q *query, now time.Time) (*entry, error) {
 	if e.wire, err = m.Pack(); err != nil {
 		return nil, err
 	}
+	if err := new(dns.Msg).Unpack(e.wire); err != nil {
+		return nil, err // a record that came without its data
+	}
 	if e.tc || len(e.wire) > maxKept {
 		e.life = 0
 	}
