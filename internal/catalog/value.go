@@ -329,7 +329,7 @@ func readOptions(value string) (o Options, unknown, f *fault) {
 		"send_proxy":      flag(&o.SendProxy),
 		"timeout_server":  timeout(&o.TimeoutServer),
 		"timeout_tunnel":  timeout(&o.TimeoutTunnel),
-		"max_connections": count(&o.MaxConnections, 1, 100_000, "200"),
+		"max_connections": count(&o.MaxConnections, 1, 100_000, "a number from 1 to 100000"),
 		"balance": {`"leastconn", "roundrobin" or "consistent-hash"`, `"leastconn"`, func(raw json.RawMessage) bool {
 			if json.Unmarshal(raw, &o.Balance) != nil {
 				return false
@@ -349,7 +349,7 @@ func readOptions(value string) (o Options, unknown, f *fault) {
 func readMeta(value string) (m meta, unknown, f *fault) {
 	m.weight = defaultWeight
 	unknown, f = readFields(value, map[string]field{
-		"weight": count(&m.weight, 0, 256, "100"),
+		"weight": count(&m.weight, 0, 256, "a number from 0 to 256"),
 		"drain":  flag(&m.drain),
 		"zone": {"printable text of up to 63 characters", `"a"`, func(raw json.RawMessage) bool {
 			return json.Unmarshal(raw, &m.zone) == nil && len(m.zone) <= 63 && printable(m.zone)
@@ -362,8 +362,8 @@ func flag(to *bool) field {
 	return field{"true or false", "true", func(raw json.RawMessage) bool { return json.Unmarshal(raw, to) == nil }}
 }
 
-func count(to *int, from, limit int, example string) field {
-	return field{fmt.Sprintf("a number from %d to %d", from, limit), example, func(raw json.RawMessage) bool {
+func count(to *int, from, limit int, takes string) field {
+	return field{takes, "100", func(raw json.RawMessage) bool {
 		n := from
 		if string(raw) == "null" {
 			return true
@@ -395,7 +395,6 @@ func timeout(to *time.Duration) field {
 // type or range makes the whole value bad; an unknown one is left out and said.
 // null leaves a field as if it were not there.
 func readFields(value string, known map[string]field) (unknown, f *fault) {
-	names := slices.Sorted(maps.Keys(known))
 	var fields map[string]json.RawMessage
 	err := json.Unmarshal([]byte(value), &fields)
 	if err != nil || fields == nil {
@@ -404,6 +403,7 @@ func readFields(value string, known map[string]field) (unknown, f *fault) {
 		if errors.As(err, &syntax) {
 			reason = fmt.Sprintf("%s: the mistake is at byte %d", reason, syntax.Offset)
 		}
+		names := slices.Sorted(maps.Keys(known))
 		example := fmt.Sprintf(`{"%s": %s}`, names[0], known[names[0]].example)
 		return nil, &fault{reason, "write fields in double quotes, between braces", example}
 	}
@@ -428,7 +428,7 @@ func readFields(value string, known map[string]field) (unknown, f *fault) {
 	}
 	return &fault{
 		reason:  fmt.Sprintf("nobody knows the field %s%s; the other fields are in force", strings.Join(strangers, ", "), more),
-		advice:  "use only " + strings.Join(names, ", "),
+		advice:  "use only " + strings.Join(slices.Sorted(maps.Keys(known)), ", "),
 		instead: compact(fields, ""),
 	}, nil
 }
