@@ -1,0 +1,197 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	neturl "net/url"
+	"strconv"
+	"syscall"
+	"time"
+
+	"flotilla/internal/catalog"
+)
+
+// CodeNoNode is the code of a Client's own errors: the node was not reached.
+const CodeNoNode Code = "no_node"
+
+// Client speaks to the API of the node that serves on one unix socket. Its
+// errors are of type *Error.
+type Client struct {
+	socket string
+	http   *http.Client
+}
+
+// Dial returns a client for socket. It does not connect.
+func Dial(socket string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}
+	return &Client{socket, &http.Client{Transport: &http.Transport{DialContext: dial}}}
+}
+
+// do sends one request and decodes the answer into out.
+func (c *Client) do(ctx context.Context, method, path string, query neturl.Values, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return fail(CodeBadRequest, "", "%v", err)
+		}
+		body = bytes.NewReader(raw)
+	}
+	plain, err := neturl.PathUnescape(path)
+	if err != nil {
+		return fail(CodeBadRequest, "", "%v", err)
+	}
+	u := neturl.URL{Scheme: "http", Host: "node", Path: plain, RawPath: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
+	if err != nil {
+		return fail(CodeBadRequest, "", "%v", err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.unreached(err)
+	}
+	defer func() { _ = resp.Body.Close() }() // it was read to its end
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return c.unreached(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var wrapped struct{ Error *Error }
+		if err := json.Unmarshal(raw, &wrapped); err != nil || wrapped.Error == nil {
+			return fail(CodeInternal, "", "the node answered %s: %.200s", resp.Status, raw)
+		}
+		return wrapped.Error
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(raw, out); err != nil {
+		return fail(CodeInternal, "is the node of another version? flotilla status", "the node's answer to %s %s is not understood: %v", method, path, err)
+	}
+	return nil
+}
+
+func (c *Client) unreached(err error) *Error {
+	var e *neturl.Error
+	if errors.As(err, &e) {
+		err = e.Err
+	}
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fail(CodeNoNode, "run it with sudo, or as a member of the socket's group", "this user may not open the node's socket %s", c.socket)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fail(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "no node answers on %s", c.socket)
+	case errors.Is(err, context.DeadlineExceeded):
+		return fail(CodeNoNode, "look at the node's log", "the node on %s does not answer in time", c.socket)
+	}
+	return fail(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "the node on %s does not answer: %v", c.socket, err)
+}
+
+func servicePath(name string) string { return "/v1/services/" + neturl.PathEscape(name) }
+
+func waitQuery(wait time.Duration) neturl.Values {
+	if wait <= 0 {
+		return nil
+	}
+	return neturl.Values{"wait": {wait.String()}}
+}
+
+// Status returns the state of the node.
+func (c *Client) Status(ctx context.Context) (NodeStatus, error) {
+	var st NodeStatus
+	err := c.do(ctx, http.MethodGet, "/v1/status", nil, nil, &st)
+	return st, err
+}
+
+// Services returns all services by name.
+func (c *Client) Services(ctx context.Context) ([]ServiceSummary, error) {
+	var list []ServiceSummary
+	err := c.do(ctx, http.MethodGet, "/v1/services", nil, nil, &list)
+	return list, err
+}
+
+// Explain returns everything that is known of one service.
+func (c *Client) Explain(ctx context.Context, service string) (Explanation, error) {
+	var e Explanation
+	err := c.do(ctx, http.MethodGet, servicePath(service), nil, nil, &e)
+	return e, err
+}
+
+// Set changes a service. With wait > 0 it returns when every live node has
+// applied it, or with code not_converged after that time.
+func (c *Client) Set(ctx context.Context, service string, change Change, wait time.Duration) (Written, error) {
+	var w Written
+	err := c.do(ctx, http.MethodPut, servicePath(service), waitQuery(wait), change, &w)
+	return w, err
+}
+
+// Remove deletes a service and all its keys; wait is as for Set.
+func (c *Client) Remove(ctx context.Context, service string, wait time.Duration) (Written, error) {
+	var w Written
+	err := c.do(ctx, http.MethodDelete, servicePath(service), waitQuery(wait), nil, &w)
+	return w, err
+}
+
+// Problems returns every problem of all services, then the node's own.
+func (c *Client) Problems(ctx context.Context) ([]catalog.Problem, error) {
+	var list []catalog.Problem
+	err := c.do(ctx, http.MethodGet, "/v1/problems", nil, nil, &list)
+	return list, err
+}
+
+// Nodes returns the live nodes and the members of the store.
+func (c *Client) Nodes(ctx context.Context) (Nodes, error) {
+	var n Nodes
+	err := c.do(ctx, http.MethodGet, "/v1/nodes", nil, nil, &n)
+	return n, err
+}
+
+// Wait returns when every live node has applied revision, or with code
+// not_converged after limit.
+func (c *Client) Wait(ctx context.Context, revision int64, limit time.Duration) ([]Applied, error) {
+	var w Written
+	query := neturl.Values{"revision": {strconv.FormatInt(revision, 10)}, "timeout": {limit.String()}}
+	err := c.do(ctx, http.MethodGet, "/v1/wait", query, nil, &w)
+	return w.Applied, err
+}
+
+// Drain makes the balancer's check of the node answer 503, or 200 again.
+func (c *Client) Drain(ctx context.Context, draining bool) error {
+	method := http.MethodPost
+	if !draining {
+		method = http.MethodDelete
+	}
+	return c.do(ctx, method, "/v1/drain", nil, nil, nil)
+}
+
+// Confirm accepts the mass disappearance of endpoints that is held back.
+func (c *Client) Confirm(ctx context.Context) (Written, error) {
+	var w Written
+	err := c.do(ctx, http.MethodPost, "/v1/confirm", nil, nil, &w)
+	return w, err
+}
+
+// Ops fetches one of the pages on the operations socket, such as "/readyz".
+// ok is false if the node says that the check does not pass.
+func (c *Client) Ops(ctx context.Context, path string) (text string, ok bool, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://node"+path, nil)
+	if err != nil {
+		return "", false, fmt.Errorf("read %s: %w", path, err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return "", false, c.unreached(err)
+	}
+	defer func() { _ = resp.Body.Close() }() // it was read to its end
+	raw, err := io.ReadAll(resp.Body)
+	return string(raw), resp.StatusCode == http.StatusOK, err
+}

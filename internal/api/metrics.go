@@ -1,0 +1,190 @@
+package api
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// scrapeLimit bounds how long a scrape waits for HAProxy's counters.
+const scrapeLimit = 5 * time.Second
+
+// metrics are the node's, collected when they are asked for. Only the
+// propagation histogram is counted as things happen.
+type metrics struct {
+	s           *Server
+	registry    *prometheus.Registry
+	propagation prometheus.Histogram
+}
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("flotilla_"+name, help, labels, nil)
+}
+
+var (
+	descRequests    = desc("service_requests_total", "Answers that HAProxy gave for a service, by class of the status code (2xx ...).", "service", "code")
+	descConnections = desc("service_connections_total", "Sessions that HAProxy handed to a service.", "service")
+	descErrors      = desc("service_errors_total", "Connection errors, broken answers and aborts by a service's endpoints.", "service")
+	descRetries     = desc("service_retries_total", "Connection attempts that were repeated.", "service")
+	descBytes       = desc("service_bytes_total", "Bytes to (in) and from (out) a service.", "service", "direction")
+	descSessions    = desc("service_sessions", "Sessions of a service now.", "service")
+	descQueued      = desc("service_queued", "Requests that wait for an endpoint of a service now.", "service")
+	descResponse    = desc("service_response_seconds", "Average time to an answer's headers over the last 1,024 requests.", "service")
+	descTotal       = desc("service_total_seconds", "Average whole time of the last 1,024 requests.", "service")
+	descEndpoints   = desc("service_endpoints", "Endpoints of a service, by whether they take new connections.", "service", "state")
+
+	descInfo      = desc("node_info", "Always 1; the labels name the node and the versions it runs.", "node", "version", "haproxy_version")
+	descServices  = desc("services", "Services in the catalog, routable or not.")
+	descProblems  = desc("problems", "Keys with a problem, of all services and of this node.")
+	descServing   = desc("router_serving", "1 while HAProxy answers and runs the applied catalog.")
+	descDraining  = desc("router_draining", "1 while the balancer's check answers 503 on request.")
+	descReloads   = desc("reloads_total", "Reloads of HAProxy asked for since the node started.")
+	descResyncs   = desc("router_resyncs_total", "Full comparisons with HAProxy.")
+	descRouterFix = desc("router_drift_total", "Differences in HAProxy that audits found and removed.")
+	descCommands  = desc("router_commands_total", "Runtime API commands sent to HAProxy.")
+	descSlots     = desc("router_slots", "Backends declared in HAProxy, by whether a service has them.", "state")
+	descScrapeBad = desc("service_scrape_failed", "1 if HAProxy's counters could not be read for this scrape.")
+
+	descConfirmed = desc("store_last_confirmed_seconds", "Unix time when the catalog was last proved current; 0 if never.")
+	descLive      = desc("store_live", "1 while the catalog is proved current.")
+	descFollowed  = desc("store_revision", "Store revision up to which the watch was followed.")
+	descDrift     = desc("store_drift_total", "Periodic comparisons with the store that found a missed change. It must stay 0.")
+	descRestarts  = desc("store_watch_restarts_total", "Watches of the store that had to be started again.")
+	descLists     = desc("store_lists_total", "Full reads of the catalog from the store.")
+	descRevision  = desc("state_revision", "Store revision of the newest catalog on this node.")
+	descApplied   = desc("applied_revision", "Store revision of the catalog that HAProxy runs.")
+	descSource    = desc("state_source", "1 for the source of the catalog: live, snapshot (disk) or none.", "source")
+	descHeld      = desc("held_endpoints", "Endpoints that vanished at once and stay routed until that is confirmed.")
+
+	descQueries  = desc("dns_queries_total", "DNS questions by how they were answered.", "answered")
+	descUpstream = desc("dns_upstream_failures_total", "Tries of an upstream resolver that failed.")
+	descCache    = desc("dns_cache_entries", "Answers of upstream resolvers in the cache.")
+)
+
+func newMetrics(s *Server) *metrics {
+	m := &metrics{s: s, registry: prometheus.NewRegistry()}
+	m.propagation = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "flotilla_propagation_seconds",
+		Help: "Time from a watch event's arrival on this node until HAProxy ran it. How long the event took to get here from the writer's node is not in it: the clocks of two nodes differ by more.",
+		// 0.5 ms to 8 s
+		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15),
+	})
+	m.registry.MustRegister(m, m.propagation, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
+}
+
+// Describe sends nothing: which metrics there are depends on the catalog.
+func (m *metrics) Describe(chan<- *prometheus.Desc) {}
+
+// Collect reads every component once.
+func (m *metrics) Collect(out chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+	}
+	m.collectNode(gauge, counter)
+	m.collectServices(gauge, counter)
+
+	d := m.s.DNS()
+	counter(descQueries, d.Local, "local")
+	counter(descQueries, d.Forwarded, "forwarded")
+	counter(descQueries, d.Cached, "cached")
+	counter(descQueries, d.Stale, "stale")
+	counter(descQueries, d.Errors, "error")
+	counter(descQueries, d.Dropped, "dropped")
+	counter(descUpstream, d.UpstreamFailures)
+	gauge(descCache, float64(d.CacheEntries))
+}
+
+type gaugeFunc func(d *prometheus.Desc, v float64, labels ...string)
+type counterFunc func(d *prometheus.Desc, v uint64, labels ...string)
+
+func (m *metrics) collectNode(gauge gaugeFunc, counter counterFunc) {
+	st := m.s.status()
+	gauge(descInfo, 1, st.Name, st.Version, st.Router.Version)
+	gauge(descServices, float64(st.Services))
+	gauge(descProblems, float64(st.Problems))
+	gauge(descServing, one(st.Router.Serving))
+	gauge(descDraining, one(st.Router.Draining))
+	counter(descReloads, st.Router.Reloads)
+	counter(descResyncs, st.Router.Resyncs)
+	counter(descRouterFix, st.Router.Drift)
+	counter(descCommands, st.Router.Commands)
+	gauge(descSlots, float64(st.Router.Slots-st.Router.FreeSlots), "used")
+	gauge(descSlots, float64(st.Router.FreeSlots), "free")
+
+	confirmed := 0.0
+	if !st.Store.Confirmed.IsZero() {
+		confirmed = float64(st.Store.Confirmed.UnixMilli()) / 1000
+	}
+	gauge(descConfirmed, confirmed)
+	gauge(descLive, one(st.Store.Live))
+	gauge(descFollowed, float64(st.Store.Revision))
+	counter(descDrift, st.Store.Drift)
+	counter(descRestarts, st.Store.Restarts)
+	counter(descLists, st.Store.Lists)
+	gauge(descRevision, float64(st.Revision))
+	gauge(descApplied, float64(st.Router.Applied))
+	for _, source := range []Source{SourceNone, SourceSnapshot, SourceLive} {
+		gauge(descSource, one(st.Store.Source == source), string(source))
+	}
+	held := 0
+	if st.Held != nil {
+		held = st.Held.Removed
+	}
+	gauge(descHeld, float64(held))
+}
+
+func (m *metrics) collectServices(gauge gaugeFunc, counter counterFunc) {
+	for svc := range m.s.Feed.Latest().All() {
+		if !svc.Routable() {
+			continue
+		}
+		sum := summary(svc)
+		gauge(descEndpoints, float64(sum.Endpoints-sum.Draining), sum.Name, "open")
+		if sum.Draining > 0 {
+			gauge(descEndpoints, float64(sum.Draining), sum.Name, "draining")
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeLimit)
+	defer cancel()
+	stats, err := m.s.Router.Stats(ctx)
+	gauge(descScrapeBad, one(err != nil))
+	for _, st := range stats {
+		for i, n := range st.Requests {
+			if n > 0 {
+				counter(descRequests, n, st.Service, classes[i])
+			}
+		}
+		counter(descConnections, st.Connections, st.Service)
+		counter(descErrors, st.Errors, st.Service)
+		counter(descRetries, st.Retries, st.Service)
+		counter(descBytes, st.BytesIn, st.Service, "in")
+		counter(descBytes, st.BytesOut, st.Service, "out")
+		gauge(descSessions, float64(st.Active), st.Service)
+		gauge(descQueued, float64(st.Queued), st.Service)
+		gauge(descResponse, st.ResponseMillis/1000, st.Service)
+		gauge(descTotal, st.TotalMillis/1000, st.Service)
+	}
+}
+
+func one(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}
+
+// Propagated counts one change that HAProxy runs, took after its watch event
+// arrived on this node.
+func (s *Server) Propagated(took time.Duration) { s.metrics.propagation.Observe(took.Seconds()) }

@@ -1,0 +1,176 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"flotilla/internal/catalog"
+	"flotilla/internal/store"
+)
+
+// attempts is how often a change is planned again when somebody else changed
+// the same keys meanwhile.
+const attempts = 5
+
+func (s *Server) putService(r *http.Request) (any, error) {
+	var c Change
+	if err := readBody(r, &c); err != nil {
+		return nil, err
+	}
+	wait, err := durationOf(r, "wait", 0)
+	if err != nil {
+		return nil, err
+	}
+	name := r.PathValue("name")
+	return s.written(r.Context(), wait, func(ctx context.Context) (Written, error) { return s.change(ctx, name, c) })
+}
+
+func (s *Server) deleteService(r *http.Request) (any, error) {
+	wait, err := durationOf(r, "wait", 0)
+	if err != nil {
+		return nil, err
+	}
+	name := r.PathValue("name")
+	return s.written(r.Context(), wait, func(ctx context.Context) (Written, error) { return s.remove(ctx, name) })
+}
+
+// written does a write and, if wait is not 0, waits for the nodes.
+func (s *Server) written(ctx context.Context, wait time.Duration, write func(context.Context) (Written, error)) (any, error) {
+	w, err := write(ctx)
+	if err != nil || wait == 0 {
+		return w, err
+	}
+	w.Applied, err = s.converge(ctx, w.Revision, wait)
+	return w, err
+}
+
+// change carries out c in one transaction that is guarded by what it was
+// planned from.
+func (s *Server) change(ctx context.Context, service string, c Change) (Written, error) {
+	if service == "" || strings.Contains(service, "/") {
+		return Written{}, fail(CodeInvalid, "use letters, digits, '-' and '_'", "%s is not a service name", strconv.Quote(service))
+	}
+	var err error
+	for range attempts {
+		var have keys
+		if have, err = s.keys(ctx, service); err != nil {
+			return Written{}, err
+		}
+		var e edits
+		if e, err = c.edit(have); err != nil {
+			return Written{}, err
+		}
+		if err = e.check(service, have, s.Policy, s.Feed.Latest()); err != nil {
+			return Written{}, err
+		}
+		if len(e) == 0 {
+			return Written{Revision: have.revision()}, nil
+		}
+		if len(e) > store.MaxOps {
+			return Written{}, fail(CodeBadRequest, "split it", "a change of %d keys is too large: one can have %d", len(e), store.MaxOps)
+		}
+		var revision int64
+		if revision, err = s.Store.Apply(ctx, e.ops(service), e.guards(service, have)...); err == nil {
+			s.Log.Info("service changed", "service", service, "keys", len(e), "revision", revision)
+			return Written{Revision: revision, Changed: true}, nil
+		}
+		if !errors.Is(err, store.ErrConflict) {
+			break
+		}
+	}
+	return Written{}, fmt.Errorf("change service %s: %w", service, err)
+}
+
+// keys reads those of one service from the store.
+func (s *Server) keys(ctx context.Context, service string) (keys, error) {
+	prefix := catalog.Prefix + service + "/"
+	items, _, err := s.Store.List(ctx, prefix)
+	if err != nil {
+		return nil, err
+	}
+	have := keys{}
+	for _, kv := range items {
+		have[strings.TrimPrefix(kv.Key, prefix)] = kv
+	}
+	return have, nil
+}
+
+func (have keys) revision() int64 {
+	var newest int64
+	for _, kv := range have {
+		newest = max(newest, kv.ModRevision)
+	}
+	return newest
+}
+
+func (e edits) ops(service string) []store.Op {
+	var ops []store.Op
+	for name, value := range e {
+		key := catalog.Prefix + service + "/" + name
+		if value == nil {
+			ops = append(ops, store.Delete(key))
+		} else {
+			ops = append(ops, store.Put(key, *value))
+		}
+	}
+	return ops
+}
+
+func (e edits) guards(service string, have keys) []store.Cond {
+	var conds []store.Cond
+	for name := range e {
+		// A key that is not there has revision 0.
+		conds = append(conds, store.Unchanged(catalog.Prefix+service+"/"+name, have[name].ModRevision))
+	}
+	return conds
+}
+
+func (s *Server) remove(ctx context.Context, service string) (Written, error) {
+	have, err := s.keys(ctx, service)
+	if err != nil {
+		return Written{}, err
+	}
+	if len(have) == 0 {
+		return Written{}, s.noService(s.Feed.Latest(), service)
+	}
+	revision, err := s.Store.Apply(ctx, []store.Op{store.DeletePrefix(catalog.Prefix + service + "/")})
+	if err != nil {
+		return Written{}, fmt.Errorf("remove service %s: %w", service, err)
+	}
+	s.Log.Info("service removed", "service", service, "keys", len(have), "revision", revision)
+	return Written{Revision: revision, Changed: true}, nil
+}
+
+// drain turns this node's drain on or off.
+func (s *Server) drain(draining bool) (any, error) {
+	if err := s.Router.SetDraining(draining); err != nil {
+		return nil, fmt.Errorf("set draining to %t: %w", draining, err)
+	}
+	return s.Router.Status(), nil
+}
+
+// confirm accepts a held disappearance of endpoints for the whole cluster, and
+// on this node a store whose content is another than before.
+func (s *Server) confirm(r *http.Request) (any, error) {
+	if s.StoreState().Held && s.AcceptEpoch != nil {
+		s.AcceptEpoch()
+		s.Log.Warn("the store's new content was accepted by hand")
+		return Written{Changed: true}, nil
+	}
+	snapshot := s.Feed.Latest()
+	if snapshot == nil || snapshot.Held == nil {
+		return nil, fail(CodeConflict, "", "nothing is held back on this node")
+	}
+	upTo := snapshot.Held.Revision
+	revision, err := s.Store.Apply(r.Context(), []store.Op{store.Put(ConfirmedKey, strconv.FormatInt(upTo, 10))})
+	if err != nil {
+		return nil, fmt.Errorf("confirm up to revision %d: %w", upTo, err)
+	}
+	s.Log.Info("a mass disappearance of endpoints was confirmed by hand", "revision", upTo)
+	return Written{Revision: revision, Changed: true}, nil
+}
