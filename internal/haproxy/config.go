@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"regexp"
 	"strconv"
 	"strings"
 	"text/template"
@@ -132,8 +133,8 @@ func RouteOwner(value string) (backend, service string) {
 	return backend, service
 }
 
-// Config is everything in the configuration file but its backends. All strings
-// must be free of control characters; Render refuses them otherwise.
+// Config is everything in the configuration file but its backends. Render refuses
+// strings that the file would have to quote.
 type Config struct {
 	Generation   int64 // "get var proc.gen" tells which file a worker has loaded
 	Node         string
@@ -162,23 +163,19 @@ type Backend struct {
 //go:embed haproxy.cfg.tmpl
 var configText string
 
-var configTemplate = template.Must(template.New("haproxy.cfg").Funcs(template.FuncMap{
-	"quote": quote,
-}).Parse(configText))
+var configTemplate = template.Must(template.New("haproxy.cfg").Parse(configText))
 
-// quote makes s one word of the configuration file.
-func quote(s string) (string, error) {
-	for i := range len(s) {
-		if s[i] < ' ' || s[i] > '~' {
-			return "", fmt.Errorf("haproxy configuration: byte %q in %q", s[i], s)
-		}
-	}
-	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'", nil
-}
+// plainWord is what may stand in the file without quotes and escapes.
+var plainWord = regexp.MustCompile(`^[A-Za-z0-9_./@:+=-]*$`)
 
 // Render returns the configuration file up to its backends, which AppendBackend
 // adds one by one.
 func (c Config) Render() ([]byte, error) {
+	for _, word := range append(strings.Fields(c.AccessLog), c.Node, c.Dir, c.OpsSocket, c.User, c.Group) {
+		if !plainWord.MatchString(word) {
+			return nil, fmt.Errorf("HAProxy configuration: %q has characters other than letters, digits and _./@:+=-", word)
+		}
+	}
 	var b bytes.Buffer
 	if err := configTemplate.Execute(&b, c); err != nil {
 		return nil, fmt.Errorf("render HAProxy configuration: %w", err)

@@ -48,24 +48,6 @@ func spare(c haproxy.Class) int {
 	return 16
 }
 
-// declare returns how many backends of the class the next file shall have.
-func (s *slots) declare(c haproxy.Class) int {
-	if s.runtime {
-		return 0
-	}
-	return max(spare(c), s.inUse(c)*3/2)
-}
-
-func (s *slots) inUse(c haproxy.Class) int {
-	n := 0
-	for _, backend := range s.used {
-		if class, _ := haproxy.ClassOf(backend); class == c {
-			n++
-		}
-	}
-	return n
-}
-
 // scarce reports that a class is running out of backends.
 func (s *slots) scarce() bool {
 	if s.runtime {
