@@ -75,7 +75,7 @@ latency="dnsperf -p 5300 -c 8 -Q 5000 -l $each -v"
 echo "date     $(date -u +%FT%TZ)  commit $(git rev-parse --short HEAD)"
 echo "machine  $(awk -F': ' '/model name/{print $2; exit}' /proc/cpuinfo), $(nproc) cores, kernel $(uname -r), $(go version | cut -d' ' -f3)"
 echo "others   $(dnsmasq --version | head -1 | cut -d' ' -f1-3), ${COREDNS:+$("$COREDNS" -version | head -1), }$(dnsperf -h 2>&1 | grep -io 'version.*')"
-echo "names    $services services in the domain (10 of 10 exist); 1000 upstream names, all kept"
+echo "names    $services services in the domain; 1000 upstream names, all cached before the rounds"
 echo "load     $load -s SERVER -d NAMES"
 echo "latency  $latency -s SERVER -d NAMES"
 echo
@@ -113,7 +113,9 @@ for test in local cached; do
 	for s in "${systems[@]}"; do
 		echo "$test $s $(of load "$test" "$s" 4) $(of load "$test" "$s" 5) $(of load $test flotilla 4) $(of load $test flotilla 5)"
 	done
-done | awk '{printf "%-6s %-9s %7.0f queries/s %6.2f us   flotilla: %.2f times its rate, %.2f times its CPU\n", $1, $2, $3, $4, $5 / $3, $6 / $4}'
+done | awk '{printf "%-6s %-9s %7.0f queries/s %6.2f us", $1, $2, $3, $4}
+	$2 != "flotilla" {printf "   flotilla: %.2f times its rate, %.2f times its CPU", $5 / $3, $6 / $4}
+	{print ""}'
 for s in "${systems[@]}"; do echo "$s $(of latency local "$s" 4) $(of latency local "$s" 5)"; done |
 	awk '{printf "local  %-9s p50 %.0f us, p99 %.0f us at 5,000 queries/s\n", $1, $2, $3}'
 for s in "${systems[@]}"; do echo "memory $s $(awk '/VmRSS/{print $2}' "/proc/${pid[$s]}/status") KiB"; done

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 
 const (
 	tryLimit      = 2 * time.Second         // for one upstream to answer, TCP included
+	resendAfter   = 600 * time.Millisecond  // of silence, a UDP packet is taken for lost
 	nextAfter     = 500 * time.Millisecond  // of silence, the next upstream is asked as well
 	badFor        = 10 * time.Second        // an upstream that was silent or broken is asked last
 	stalePatience = 1800 * time.Millisecond // before an expired answer is given instead (RFC 8767)
@@ -259,11 +261,19 @@ func exchangeOver(ctx context.Context, network string, to netip.AddrPort, m *dns
 		buf = make([]byte, dns.MaxMsgSize)
 	}
 	for {
+		if network == "udp" {
+			_ = conn.SetReadDeadline(time.Now().Add(resendAfter))
+		}
 		n, err := conn.Read(buf)
-		if err != nil {
-			if ctx.Err() != nil {
-				err = fmt.Errorf("no answer over %s in time", network)
+		switch {
+		case ctx.Err() != nil:
+			return nil, fmt.Errorf("no answer over %s in time", network)
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if err := conn.WriteMsg(m); err != nil {
+				return nil, err
 			}
+			continue
+		case err != nil:
 			return nil, err
 		}
 		r := new(dns.Msg)

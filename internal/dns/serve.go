@@ -167,7 +167,7 @@ func (s *Server) pause(ctx context.Context, what string, err error) {
 // idle for tcpIdle.
 func (s *Server) serveConn(ctx context.Context, c net.Conn) {
 	defer func() { _ = c.Close() }()
-	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	var waiting sync.WaitGroup
 	defer waiting.Wait()
 	var mu sync.Mutex // guards writing

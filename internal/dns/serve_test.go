@@ -211,6 +211,16 @@ func TestMisbehavingUpstreams(t *testing.T) {
 			}
 			return [][]byte{{1, 2, 3}}
 		}, right},
+		{"loses a packet", func() func(string, *dns.Msg) [][]byte {
+			lost := false
+			return func(_ string, m *dns.Msg) [][]byte {
+				if !lost {
+					lost = true
+					return nil
+				}
+				return [][]byte{good(m)}
+			}
+		}(), right},
 		{"knows no EDNS", func(_ string, m *dns.Msg) [][]byte {
 			if m.IsEdns0() != nil {
 				return [][]byte{replyTo(m, func(r *dns.Msg) { r.Rcode, r.Question, r.Answer = dns.RcodeFormatError, nil, nil })}
