@@ -269,9 +269,14 @@ func planServers(backend string, want []wantedServer, have map[string]haproxy.Se
 			s.Addr = w.addr
 			steps = append(steps, Step{Do: MoveServer, Backend: backend, Server: s, Reason: reason})
 		}
-		if s.Weight != w.weight {
-			s.Weight = w.weight
-			steps = append(steps, Step{Do: SetWeight, Backend: backend, Server: s, Reason: fmt.Sprintf("endpoint %s has weight %d", w.endpoint, w.weight)})
+		weigh := func() {
+			if s.Weight != w.weight {
+				s.Weight = w.weight
+				steps = append(steps, Step{Do: SetWeight, Backend: backend, Server: s, Reason: fmt.Sprintf("endpoint %s has weight %d", w.endpoint, w.weight)})
+			}
+		}
+		if w.state != haproxy.Drain {
+			weigh() // before it takes traffic
 		}
 		if s.State != w.state {
 			switch {
@@ -283,6 +288,7 @@ func planServers(backend string, want []wantedServer, have map[string]haproxy.Se
 			s.State = w.state
 			steps = append(steps, Step{Do: SetState, Backend: backend, Server: s, Reason: reason})
 		}
+		weigh()
 	}
 	if c, _ := haproxy.ClassOf(backend); c.Sticky && added {
 		steps = append(steps, Step{Do: SetCookies, Backend: backend, Reason: "a server was added"})

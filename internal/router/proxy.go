@@ -336,13 +336,16 @@ func (r *Router) auditSome(ctx context.Context, now time.Time) error {
 			return err
 		}
 	}
+	if len(suspects) > 0 {
+		r.counts.drift += uint64(len(suspects))
+		r.log.Warn("HAProxy was changed by somebody else", "services", slices.Sorted(maps.Keys(suspects)))
+	}
 	for name := range r.failed {
 		suspects[name] = true
 	}
 	if len(suspects) == 0 || r.done == nil {
 		return nil
 	}
-	r.counts.drift += uint64(len(suspects))
 	return r.reconcile(ctx, r.done, slices.Sorted(maps.Keys(suspects)))
 }
 

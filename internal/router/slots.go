@@ -86,10 +86,14 @@ func (s *slots) reset(have *state, runtime bool, now time.Time) {
 	for service, routes := range have.owned {
 		for _, value := range routes {
 			backend, _ := haproxy.RouteOwner(value)
-			if _, ok := have.backends[backend]; ok {
-				s.used[service] = backend
-				taken[backend] = true
+			if _, ok := have.backends[backend]; !ok || taken[backend] {
+				continue
 			}
+			if old, ok := s.used[service]; ok { // left behind in the middle of a move
+				s.retiring = append(s.retiring, retired{old, now})
+			}
+			s.used[service] = backend
+			taken[backend] = true
 		}
 	}
 	for _, backend := range slices.Sorted(maps.Keys(have.backends)) {
