@@ -242,7 +242,7 @@ func (c *Client) Status(ctx context.Context) Health {
 		done()
 		if err != nil {
 			for _, e := range c.everyEndpoint() {
-				h.Members = append(h.Members, c.ask(ctx, Member{Endpoint: e}, nil))
+				h.Members = append(h.Members, c.ask(ctx, Member{}, []string{e}))
 			}
 			return h
 		}
@@ -264,17 +264,11 @@ func (c *Client) ask(ctx context.Context, m Member, urls []string) Member {
 	if len(urls) > 0 {
 		m.Endpoint = urls[0]
 	}
-	if m.Endpoint == "" {
-		m.Err = "it has never started"
-		return m
-	}
-	ctx, cancel := context.WithTimeout(ctx, readLimit)
-	defer cancel()
 	began := time.Now()
-	st, err := c.etcd.Status(ctx, m.Endpoint)
+	st, err := c.status(ctx, urls)
 	m.Latency = time.Since(began)
 	if err != nil {
-		m.Err = fmt.Sprintf("does not answer at %s: %v", m.Endpoint, err)
+		m.Err = fmt.Sprintf("does not answer: %v", err)
 		return m
 	}
 	m.Reachable = true
@@ -290,4 +284,18 @@ func (c *Client) everyEndpoint() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(c.configured, c.members))))
+}
+
+// status asks the first of the URLs of one member that answers.
+func (c *Client) status(ctx context.Context, urls []string) (st *clientv3.StatusResponse, err error) {
+	err = errors.New("it has never started")
+	for _, u := range urls {
+		one, cancel := context.WithTimeout(ctx, readLimit)
+		st, err = c.etcd.Status(one, u)
+		cancel()
+		if err == nil {
+			return st, nil
+		}
+	}
+	return nil, err
 }

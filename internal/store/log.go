@@ -2,6 +2,8 @@ package store
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 
@@ -11,14 +13,40 @@ import (
 // slogCore is a zap core that writes to slog. Lines below Warn are dropped.
 type slogCore struct {
 	log    *slog.Logger
-	quiet  []string // lines that begin with one of these go to Debug
+	quiet  []string     // lines that begin with one of these go to Debug
+	fatal  io.Writer    // lines that end the process go here too; may be nil
+	seen   func(string) // told every line; may be nil
 	fields []zapcore.Field
+}
+
+// quietServer are lines that etcd writes as warnings or errors although all is
+// well, or many times for one event that another line tells.
+var quietServer = []string{
+	"Running http and grpc server on single port",
+	"simple token is not cryptographically signed",
+	"Failed to detect schema version",
+	"failed to update storage version",
+	"lost TCP streaming connection",
+	"closed TCP streaming connection",
+	"prober detected unhealthy status",
+	"failed to reach the peer URL",
+	"failed to get version",
+	"failed to find remote peer in cluster",
+	"waiting for ReadIndex response took too long",
+	"request stats",
+	"setting up serving from embedded etcd failed",
+	"stopping insecure grpc server",
+	"stopped insecure grpc server",
+	"stopping secure grpc server",
+	"stopped secure grpc server",
 }
 
 func (c *slogCore) Enabled(l zapcore.Level) bool { return l >= zapcore.WarnLevel }
 
 func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
-	return &slogCore{c.log, c.quiet, append(c.fields[:len(c.fields):len(c.fields)], fields...)}
+	next := *c
+	next.fields = append(c.fields[:len(c.fields):len(c.fields)], fields...)
+	return &next
 }
 
 func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
@@ -29,6 +57,9 @@ func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 }
 
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	if c.seen != nil {
+		c.seen(e.Message)
+	}
 	level := slog.LevelWarn
 	if e.Level > zapcore.WarnLevel {
 		level = slog.LevelError
@@ -38,7 +69,7 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 			level = slog.LevelDebug
 		}
 	}
-	if !c.log.Enabled(context.Background(), level) {
+	if e.Level < zapcore.DPanicLevel && !c.log.Enabled(context.Background(), level) {
 		return nil
 	}
 	enc := zapcore.NewMapObjectEncoder()
@@ -51,6 +82,9 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 			k = "err"
 		}
 		args = append(args, k, v)
+	}
+	if c.fatal != nil && e.Level >= zapcore.DPanicLevel {
+		_, _ = fmt.Fprintln(c.fatal, "etcd:", e.Message, enc.Fields)
 	}
 	c.log.Log(context.Background(), level, "etcd: "+e.Message, args...)
 	return nil
