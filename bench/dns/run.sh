@@ -80,7 +80,7 @@ echo "load     $load -s SERVER -d NAMES"
 echo "latency  $latency -s SERVER -d NAMES"
 echo
 echo "test   system    round  queries/s  cpu us/query  lost"
-for test in local cached; do
+for test in ${TESTS:-local cached}; do
 	for s in "${systems[@]}"; do # fill the caches
 		dnsperf -p 5300 -s "${addr[$s]}" -d "$dir/$test.q" -n 1 >/dev/null
 	done
@@ -96,12 +96,15 @@ for test in local cached; do
 	done
 done
 echo
-echo "test   system    round  p50 us  p99 us  at 5,000 queries/s"
+echo "test   system    round  p50 us  p99 us  cpu us/query  at 5,000 queries/s"
 for round in $(seq "$rounds"); do
 	for s in "${systems[@]}"; do
-		$latency -s "${addr[$s]}" -d "$dir/local.q" | awk '$1 == ">" && $2 == "NOERROR" {print $NF * 1000000}' | sort -n >"$dir/rtt"
-		awk -v s="$s" -v r="$round" '{v[NR] = $1}
-			END {printf "local  %-9s %5d %7.0f %7.0f\n", s, r, v[int(NR / 2) + 1], v[int(NR * 0.99) + 1]}' "$dir/rtt" | tee -a "$dir/latency.txt"
+		before=$(ticks "${pid[$s]}")
+		$latency -s "${addr[$s]}" -d "$dir/local.q" >"$dir/out"
+		after=$(ticks "${pid[$s]}")
+		awk '$1 == ">" && $2 == "NOERROR" {print $NF * 1000000}' "$dir/out" | sort -n >"$dir/rtt"
+		awk -v s="$s" -v r="$round" -v cpu=$(((after - before) * 1000000 / hz)) '{v[NR] = $1}
+			END {printf "local  %-9s %5d %7.0f %7.0f %13.2f\n", s, r, v[int(NR / 2) + 1], v[int(NR * 0.99) + 1], cpu / NR}' "$dir/rtt" | tee -a "$dir/latency.txt"
 	done
 done
 
@@ -109,13 +112,13 @@ median() { sort -n | awk '{v[NR] = $1} END {print v[int((NR + 1) / 2)]}'; }
 of() { awk -v t="$2" -v s="$3" -v c="$4" '$1 == t && $2 == s {print $c}' "$dir/$1.txt" | median; }
 echo
 echo "medians"
-for test in local cached; do
+for test in ${TESTS:-local cached}; do
 	for s in "${systems[@]}"; do
 		echo "$test $s $(of load "$test" "$s" 4) $(of load "$test" "$s" 5) $(of load $test flotilla 4) $(of load $test flotilla 5)"
 	done
 done | awk '{printf "%-6s %-9s %7.0f queries/s %6.2f us", $1, $2, $3, $4}
 	$2 != "flotilla" {printf "   flotilla: %.2f times its rate, %.2f times its CPU", $5 / $3, $6 / $4}
 	{print ""}'
-for s in "${systems[@]}"; do echo "$s $(of latency local "$s" 4) $(of latency local "$s" 5)"; done |
-	awk '{printf "local  %-9s p50 %.0f us, p99 %.0f us at 5,000 queries/s\n", $1, $2, $3}'
+for s in "${systems[@]}"; do echo "$s $(of latency local "$s" 4) $(of latency local "$s" 5) $(of latency local "$s" 6)"; done |
+	awk '{printf "local  %-9s p50 %.0f us, p99 %.0f us, %.2f us of CPU at 5,000 queries/s\n", $1, $2, $3, $4}'
 for s in "${systems[@]}"; do echo "memory $s $(awk '/VmRSS/{print $2}' "/proc/${pid[$s]}/status") KiB"; done
