@@ -165,7 +165,7 @@ func (r *Router) supervise(ctx context.Context) error {
 	}
 	err := child.Run(ctx, child.Config{
 		Name:        "haproxy",
-		Argv:        []string{r.cfg.Binary, "-W", "-S", r.masterSocket() + ",mode,600", "-f", r.disk.config()},
+		Argv:        []string{r.cfg.Binary, "-W", "-q", "-S", r.masterSocket() + ",mode,600", "-f", r.disk.config()},
 		Dir:         r.cfg.Dir,
 		LogFile:     filepath.Join(r.cfg.Dir, "haproxy.log"),
 		PidFile:     filepath.Join(r.cfg.Dir, "haproxy.pid"),
@@ -241,10 +241,16 @@ func (r *Router) converge(ctx context.Context, snapshot *catalog.Snapshot) error
 			return err
 		}
 	}
-	changes := snapshot.Diff(r.done)
-	names := make([]string, len(changes))
-	for i, c := range changes {
-		names[i] = c.Name()
+	var names []string
+	for _, c := range snapshot.Diff(r.done) {
+		names = append(names, c.Name())
+	}
+	if r.done == nil { // what HAProxy has beyond the catalog
+		for service := range r.have.owned {
+			if snapshot.Service(service) == nil {
+				names = append(names, service)
+			}
+		}
 	}
 	if err := r.reconcile(ctx, snapshot, names); err != nil {
 		return err
