@@ -118,7 +118,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	if err := server.Shutdown(limit); err != nil {
 		_ = server.Close() // the slow requests are cut, which is what is wanted
 	}
-	<-ended
+	_ = <-ended // that it was closed, which it was
 	return nil
 }
 

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/api"
+	"flotilla/internal/node"
+)
+
+// level is how a check ended.
+type level string
+
+const (
+	levelOK   level = "ok"
+	levelWarn level = "warn"
+	levelFail level = "fail"
+)
+
+// finding is the result of one check.
+type finding struct {
+	Level  level  `json:"level"`
+	Check  string `json:"check"`
+	Text   string `json:"text"`
+	Remedy string `json:"remedy,omitempty"`
+}
+
+func ok(check, format string, args ...any) finding {
+	return finding{levelOK, check, fmt.Sprintf(format, args...), ""}
+}
+
+func warn(check, remedy, format string, args ...any) finding {
+	return finding{levelWarn, check, fmt.Sprintf(format, args...), remedy}
+}
+
+func bad(check, remedy, format string, args ...any) finding {
+	return finding{levelFail, check, fmt.Sprintf(format, args...), remedy}
+}
+
+// patient is what the checks look at.
+type patient struct {
+	cfg     node.Config
+	running *api.NodeStatus // of the node that serves on the socket; nil: none does
+}
+
+// checks are done in this order.
+var checks = []func(ctx context.Context, p *patient) []finding{
+	checkNode, checkPorts, checkHAProxy, checkLimits, checkNftables, checkClock, checkDisk, checkStore,
+}
+
+func (c *cli) doctorCommand() *cobra.Command {
+	given := node.Default()
+	cmd := &cobra.Command{
+		Use: "doctor", Short: "Check whether this machine can run a node well, and say what to do",
+		Long: `Check this machine for the settings that flotilla node would have: give the same
+flags, file and environment. The exit code is 1 if a check fails.`,
+		Args: between(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if c.output != "text" && c.output != "json" {
+				return usage(fmt.Sprintf("--output %q is neither text nor json", c.output), "flotilla doctor --help")
+			}
+			cfg, err := node.Load(&given, cmd.Flags().Changed, os.Environ())
+			if err != nil {
+				return usage(err.Error(), cmd.CommandPath()+" --help")
+			}
+			findings := examine(cmd.Context(), cfg)
+			if c.output == "json" {
+				err = sayJSON(cmd.OutOrStdout(), findings)
+			} else {
+				sayFindings(cmd.OutOrStdout(), findings)
+			}
+			for _, f := range findings {
+				if f.Level == levelFail && err == nil {
+					err = errReported
+				}
+			}
+			return err
+		},
+	}
+	addOptions(cmd, &given)
+	cmd.Flags().StringVarP(&c.output, "output", "o", "text", "text or json")
+	return cmd
+}
+
+// examine runs all checks.
+func examine(ctx context.Context, cfg node.Config) []finding {
+	p := &patient{cfg: cfg}
+	var findings []finding
+	if err := p.cfg.Validate(); err != nil {
+		for _, m := range mistakes(err) {
+			findings = append(findings, bad("settings", "", "%v", m))
+		}
+	} else {
+		findings = append(findings, ok("settings", "node %s on %s, data in %s", p.cfg.Name, p.cfg.Address, p.cfg.Data))
+	}
+	if st, err := api.Dial(p.cfg.Socket).Status(ctx); err == nil {
+		p.running = &st
+	}
+	for _, check := range checks {
+		findings = append(findings, check(ctx, p)...)
+	}
+	return findings
+}
+
+// mistakes takes joined errors apart.
+func mistakes(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	return []error{err}
+}
+
+func sayFindings(w io.Writer, findings []finding) {
+	p := painter{colour: colourOn(w)}
+	for _, f := range findings {
+		mark := map[level]string{levelOK: p.green("ok  "), levelWarn: p.yellow("warn"), levelFail: p.red("fail")}[f.Level]
+		say(w, "%s  %-9s %s\n", mark, f.Check, f.Text)
+		if f.Remedy != "" {
+			say(w, "                -> %s\n", f.Remedy)
+		}
+	}
+}

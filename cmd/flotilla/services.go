@@ -1,0 +1,416 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/api"
+)
+
+func (c *cli) servicesCommand() *cobra.Command {
+	return c.clientFlags(group("services", "List, change and explain services",
+		c.servicesList(), c.servicesSet(), c.servicesRemove(), c.servicesExplain(), c.servicesProblems(), c.servicesConfirm()))
+}
+
+func (c *cli) servicesList() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List all services", Args: between(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := c.dial().Services(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return sayJSON(cmd.OutOrStdout(), list)
+			}
+			if len(list) == 0 {
+				say(cmd.OutOrStdout(), "No services yet. Add one: flotilla services set web --scheme http --endpoint 10.0.0.5:8080\n")
+				return nil
+			}
+			rows := [][]string{{"NAME", "SCHEME", "ENDPOINTS", "HOST PORT", "PRIVATE", "DOMAINS", "PROBLEMS"}}
+			for _, s := range list {
+				endpoints := strconv.Itoa(s.Endpoints)
+				if s.Draining > 0 {
+					endpoints += fmt.Sprintf(" (%d draining)", s.Draining)
+				}
+				port := ""
+				if s.HostPort != 0 {
+					port = strconv.Itoa(s.HostPort)
+				}
+				problems := ""
+				if s.Problems > 0 {
+					problems = strconv.Itoa(s.Problems)
+				}
+				rows = append(rows, []string{s.Name, dash(s.Scheme), endpoints, dash(port), yes(s.Private), dash(strings.Join(s.Domains, ",")), dash(problems)})
+			}
+			table(cmd.OutOrStdout(), rows...)
+			return nil
+		},
+	}
+}
+
+// setFlags are those of services set.
+type setFlags struct {
+	scheme                  string
+	endpoints, dropEndpoint []string
+	hostPort                int
+	private                 bool
+	domains, dropDomains    []string
+	options                 []string
+	drain, undrain          []string
+	weight, zone            []string
+	wait                    bool
+	timeout                 time.Duration
+}
+
+func (c *cli) servicesSet() *cobra.Command {
+	var f setFlags
+	cmd := &cobra.Command{
+		Use:   "set NAME",
+		Short: "Create or change a service; what is not given stays",
+		Example: `  flotilla services set web --scheme http --endpoint 10.0.0.5:8080 --endpoint 10.0.0.6:8080
+  flotilla services set web --endpoint 2=10.0.0.7:8080 --drain 1 --wait
+  flotilla services set db --scheme tcp --endpoint 10.0.0.9:5432 --host-port 5432`,
+		Args: between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			change, err := f.change(cmd)
+			if err != nil {
+				return err
+			}
+			wait := time.Duration(0)
+			if f.wait {
+				wait = f.timeout
+			}
+			w, err := c.dial().Set(cmd.Context(), args[0], change, wait)
+			if err != nil {
+				return err
+			}
+			return c.sayWritten(cmd.OutOrStdout(), w, "service "+args[0]+" is as asked already", "service "+args[0]+" set")
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.scheme, "scheme", "", "http, https, http-and-https or tcp")
+	fl.StringArrayVar(&f.endpoints, "endpoint", nil, "ip:port, or NAME=ip:port to name it or to change that one (repeatable)")
+	fl.StringArrayVar(&f.dropEndpoint, "remove-endpoint", nil, "name of an endpoint to remove (repeatable)")
+	fl.IntVar(&f.hostPort, "host-port", 0, "port on every node; 0 removes it")
+	fl.BoolVar(&f.private, "private", false, "no public route by host or path; --private=false makes it public")
+	fl.StringArrayVar(&f.domains, "domain", nil, "custom domain to add, exact or *.example.com (repeatable)")
+	fl.StringArrayVar(&f.dropDomains, "remove-domain", nil, "custom domain to remove (repeatable)")
+	fl.StringArrayVar(&f.options, "option", nil, "NAME=VALUE, such as strip_path=true; NAME= goes back to the default (repeatable)")
+	fl.StringArrayVar(&f.drain, "drain", nil, "name of an endpoint that takes no new requests (repeatable)")
+	fl.StringArrayVar(&f.undrain, "undrain", nil, "name of an endpoint that takes requests again (repeatable)")
+	fl.StringArrayVar(&f.weight, "weight", nil, "NAME=0..256, share of an endpoint; 100 is usual (repeatable)")
+	fl.StringArrayVar(&f.zone, "zone", nil, "NAME=TEXT, where an endpoint is (repeatable)")
+	waitFlags(cmd, &f.wait, &f.timeout)
+	noFiles(cmd, "scheme", "http", "https", "http-and-https", "tcp")
+	return cmd
+}
+
+func waitFlags(cmd *cobra.Command, wait *bool, timeout *time.Duration) {
+	cmd.Flags().BoolVar(wait, "wait", false, "return when every live node routes it, and say how long each took")
+	cmd.Flags().DurationVar(timeout, "timeout", 30*time.Second, "how long to --wait; after that the exit code is 3")
+}
+
+// change turns the flags that were given into the body of a request.
+func (f *setFlags) change(cmd *cobra.Command) (api.Change, error) {
+	var change api.Change
+	given := cmd.Flags().Changed
+	if given("scheme") {
+		change.Scheme = &f.scheme
+	}
+	if given("host-port") {
+		change.HostPort = &f.hostPort
+	}
+	if given("private") {
+		change.Private = &f.private
+	}
+	change.AddDomains, change.DropDomains = f.domains, f.dropDomains
+	for _, e := range f.endpoints {
+		name, addr, named := strings.Cut(e, "=")
+		if !named {
+			change.AddEndpoints = append(change.AddEndpoints, e)
+			continue
+		}
+		set(&change.Endpoints, name, &addr)
+	}
+	for _, name := range f.dropEndpoint {
+		set(&change.Endpoints, name, nil)
+	}
+	for _, o := range f.options {
+		name, value, ok := strings.Cut(o, "=")
+		if !ok {
+			return change, usage(fmt.Sprintf("--option %q is not NAME=VALUE", o), "such as --option strip_path=true")
+		}
+		set(&change.Options, name, scalar(value))
+	}
+	for _, m := range []struct {
+		flag, field string
+		values      []string
+		fixed       json.RawMessage // for flags that name an endpoint only
+	}{
+		{"drain", "drain", f.drain, json.RawMessage("true")},
+		{"undrain", "drain", f.undrain, json.RawMessage("null")},
+		{"weight", "weight", f.weight, nil},
+		{"zone", "zone", f.zone, nil},
+	} {
+		for _, v := range m.values {
+			name, value, ok := strings.Cut(v, "=")
+			field := m.fixed
+			if field == nil {
+				if !ok || name == "" {
+					return change, usage(fmt.Sprintf("--%s %q is not ENDPOINT=VALUE", m.flag, v), fmt.Sprintf("such as --%s 1=50", m.flag))
+				}
+				if field = scalar(value); m.flag == "zone" && value != "" {
+					field = quoted(value)
+				}
+			}
+			if change.Meta == nil {
+				change.Meta = map[string]map[string]json.RawMessage{}
+			}
+			fields := change.Meta[name]
+			set(&fields, m.field, field)
+			change.Meta[name] = fields
+		}
+	}
+	return change, nil
+}
+
+func set[V any](m *map[string]V, key string, value V) {
+	if *m == nil {
+		*m = map[string]V{}
+	}
+	(*m)[key] = value
+}
+
+// scalar returns text as JSON: numbers, true and false as they are, nothing as
+// null, all else as a string.
+func scalar(text string) json.RawMessage {
+	if text == "" {
+		return json.RawMessage("null")
+	}
+	if json.Valid([]byte(text)) && !strings.ContainsAny(text[:1], `[{"`) {
+		return json.RawMessage(text)
+	}
+	return quoted(text)
+}
+
+func quoted(text string) json.RawMessage {
+	raw, err := json.Marshal(text)
+	if err != nil { // a string always is JSON
+		return json.RawMessage("null")
+	}
+	return raw
+}
+
+// sayWritten prints the result of a write.
+func (c *cli) sayWritten(w io.Writer, written api.Written, same, done string) error {
+	if c.output == "json" {
+		return sayJSON(w, written)
+	}
+	if written.Changed {
+		say(w, "%s at revision %d\n", done, written.Revision)
+	} else {
+		say(w, "%s\n", same)
+	}
+	slowest := 0.0
+	for _, a := range written.Applied {
+		slowest = max(slowest, a.MS)
+	}
+	for _, a := range written.Applied {
+		say(w, "  %s routes it after %.0f ms\n", a.Node, a.MS)
+	}
+	if n := len(written.Applied); n > 0 {
+		say(w, "applied on %s in %.0f ms\n", count(n, "node"), slowest)
+	}
+	return nil
+}
+
+func (c *cli) servicesRemove() *cobra.Command {
+	var wait bool
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use: "remove NAME...", Short: "Remove services and all their keys",
+		Args: between(1, 1000, "the name of a service"), ValidArgsFunction: c.completeServices,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			limit := time.Duration(0)
+			if wait {
+				limit = timeout
+			}
+			for _, name := range args {
+				w, err := c.dial().Remove(cmd.Context(), name, limit)
+				if err != nil {
+					return err
+				}
+				if err := c.sayWritten(cmd.OutOrStdout(), w, "", "service "+name+" removed"); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	waitFlags(cmd, &wait, &timeout)
+	return cmd
+}
+
+func (c *cli) servicesProblems() *cobra.Command {
+	return &cobra.Command{
+		Use: "problems", Short: "List every key that is not usable, with its remedy", Args: between(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := c.dial().Problems(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return sayJSON(cmd.OutOrStdout(), list)
+			}
+			if len(list) == 0 {
+				say(cmd.OutOrStdout(), "No problems.\n")
+			}
+			for _, p := range list {
+				sayProblem(cmd.OutOrStdout(), p.Key, p.Value, p.Reason, p.Remedy)
+			}
+			return nil
+		},
+	}
+}
+
+func sayProblem(w io.Writer, key, value, reason, remedy string) {
+	p := painter{colour: colourOn(w)}
+	say(w, "  %s\n    value:  %s\n    reason: %s\n    remedy: %s\n", p.yellow(key), value, reason, remedy)
+}
+
+func (c *cli) servicesConfirm() *cobra.Command {
+	return &cobra.Command{
+		Use: "confirm", Short: "Accept that most endpoints vanished at once, or that the store holds another state", Args: between(0, 0, ""),
+		Long: `When more than half of all endpoints vanish in one step they stay routed, in case
+it is a mistake. This command says that it is meant, for all nodes. On a node
+whose store suddenly holds another or an older state, it accepts that state, for
+this node alone.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			w, err := c.dial().Confirm(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return c.sayWritten(cmd.OutOrStdout(), w, "confirmed", "confirmed")
+		},
+	}
+}
+
+func (c *cli) servicesExplain() *cobra.Command {
+	return &cobra.Command{
+		Use: "explain NAME", Short: "Show every key of a service, what it does, and where the service is reached",
+		Args: between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, err := c.dial().Explain(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return sayJSON(cmd.OutOrStdout(), e)
+			}
+			sayExplanation(cmd.OutOrStdout(), e)
+			return nil
+		},
+	}
+}
+
+func sayExplanation(w io.Writer, e api.Explanation) {
+	p := painter{colour: colourOn(w)}
+	what := e.Scheme + ", " + count(e.Endpoints, "endpoint")
+	if e.Scheme == "" {
+		what = p.yellow("not routable")
+	}
+	say(w, "%s: %s, revision %d\n", p.bold(e.Name), what, e.Revision)
+	for _, n := range e.Notes {
+		say(w, "%s %s\n", p.yellow("note:"), n)
+	}
+	say(w, "\n%s\n", p.bold("Keys"))
+	rows := [][]string{}
+	for _, k := range e.Keys {
+		meaning := k.Meaning
+		switch {
+		case k.Held:
+			meaning += " (deleted; the deletion is held back)"
+		case k.InForce != "":
+			meaning += " (not usable; in force is " + k.InForce + ")"
+		}
+		rows = append(rows, []string{"  " + k.Key, k.Value, meaning})
+	}
+	table(w, rows...)
+	if len(e.Problem) > 0 {
+		say(w, "\n%s\n", p.bold("Problems"))
+		for _, pr := range e.Problem {
+			sayProblem(w, pr.Key, pr.Value, pr.Reason, pr.Remedy)
+		}
+	}
+	say(w, "\n%s\n", p.bold("Reached at"))
+	rows = nil
+	for _, r := range e.Routes {
+		rows = append(rows, []string{"  " + r.To, r.Note})
+	}
+	if len(rows) == 0 {
+		say(w, "  nowhere\n")
+	}
+	table(w, rows...)
+	if cs := e.Counters; cs != nil {
+		say(w, "\n%s\n  %s\n", p.bold("On this node"), counters(cs))
+	}
+	say(w, "\n%s\n", p.bold("Nodes"))
+	rows = nil
+	for _, n := range e.Nodes {
+		state := "applied"
+		if !n.Reached {
+			state = "behind"
+		}
+		rows = append(rows, []string{"  " + n.Node, state, "at revision " + strconv.FormatInt(n.Revision, 10)})
+	}
+	table(w, rows...)
+}
+
+func counters(c *api.Counters) string {
+	var classes []string
+	for class, n := range c.Requests {
+		classes = append(classes, fmt.Sprintf("%d x %s", n, class))
+	}
+	sort.Strings(classes)
+	text := fmt.Sprintf("%d connections, %d errors, %d retries, %d active, %d queued", c.Connections, c.Errors, c.Retries, c.Active, c.Queued)
+	if len(classes) > 0 {
+		text = strings.Join(classes, ", ") + "; " + text + fmt.Sprintf(", %.1f ms to the answer", c.ResponseMS)
+	}
+	return text
+}
+
+// completeLimit bounds how long a TAB waits for the node.
+const completeLimit = time.Second
+
+func (c *cli) completeServices(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(context.Background(), completeLimit)
+	defer cancel()
+	list, err := c.dial().Services(ctx)
+	if err != nil || len(args) > 0 && cmd.Name() != "remove" {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, s := range list {
+		if strings.HasPrefix(s.Name, prefix) {
+			names = append(names, s.Name+"\t"+dash(s.Scheme)+", "+count(s.Endpoints, "endpoint"))
+		}
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// noFiles completes a flag with fixed words.
+func noFiles(cmd *cobra.Command, flag string, words ...string) {
+	err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+	if err != nil {
+		panic(fmt.Sprintf("complete --%s: %v", flag, err)) // no such flag: a mistake in this program
+	}
+}

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/api"
+)
+
+func (c *cli) statusCommand() *cobra.Command {
+	return c.clientFlags(&cobra.Command{
+		Use: "status", Short: "Show how the node on this machine is doing", Args: between(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			st, err := c.dial().Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return sayJSON(cmd.OutOrStdout(), st)
+			}
+			sayStatus(cmd.OutOrStdout(), st)
+			return nil
+		},
+	})
+}
+
+func sayStatus(w io.Writer, st api.NodeStatus) {
+	p := painter{colour: colourOn(w)}
+	say(w, "%s on %s, up %s, version %s\n", p.bold(st.Name), st.Address, time.Duration(st.Uptime*float64(time.Second)).Round(time.Second), st.Version)
+
+	state := p.green("live")
+	switch {
+	case st.Store.Held:
+		state = p.yellow("held: the store holds another or an older state")
+	case !st.Store.Live && st.Store.Source == api.SourceNone:
+		state = p.red("no catalog yet")
+	case !st.Store.Live && st.Store.Confirmed.IsZero():
+		state = p.yellow("stale: the catalog is the one on disk")
+	case !st.Store.Live:
+		state = p.yellow("stale: not confirmed for " + ago(st.Store.Confirmed))
+	}
+	say(w, "  store    %s, revision %d, %s\n", state, st.Store.Revision, strings.Join(st.Store.Endpoints, ", "))
+	if st.Store.Err != "" {
+		say(w, "           %s\n", st.Store.Err)
+	}
+
+	r := st.Router
+	state = p.green("serving")
+	switch {
+	case !r.Serving:
+		state = p.red("not serving")
+	case r.Draining:
+		state = p.yellow("draining")
+	}
+	say(w, "  router   %s, revision %d applied, HAProxy %s (pid %d), reloads %d, host_ports by %s\n", state, r.Applied, dash(r.Version), r.Pid, r.Reloads, dash(r.HostPorts))
+	if r.Err != "" {
+		say(w, "           %s\n", r.Err)
+	}
+	d := st.DNS
+	say(w, "  dns      *.%s; answered %d itself, %d forwarded, %d from cache, %d stale, %d errors\n", st.Domain, d.Local, d.Forwarded, d.Cached, d.Stale, d.Errors)
+
+	problems := p.green("no problems")
+	if st.Problems > 0 {
+		problems = p.yellow(count(st.Problems, "problem")) + ": flotilla services problems"
+	}
+	say(w, "  catalog  %s at revision %s, %s\n", count(st.Services, "service"), strconv.FormatInt(st.Revision, 10), problems)
+	if h := st.Held; h != nil {
+		say(w, "  %s %d of %d endpoints vanished at once and stay routed; if that is meant: flotilla services confirm\n", p.yellow("held"), h.Removed, h.Of)
+	}
+	for _, text := range st.Warnings {
+		say(w, "  %s %s\n", p.yellow("warning"), text)
+	}
+}

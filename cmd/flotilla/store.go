@@ -1,0 +1,56 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/node"
+	"flotilla/internal/store"
+)
+
+// exitCode is an error that ends the program with a code of its own.
+type exitCode struct {
+	error
+	code int
+}
+
+func (e exitCode) Unwrap() error { return e.error }
+
+func (c *cli) storeCommand() *cobra.Command {
+	given := node.Default()
+	cmd := &cobra.Command{
+		Use: "store", Short: "Run the store's member of a node: etcd, in a process of its own",
+		Long: fmt.Sprintf(`Run the store's member of a node. flotilla node starts it by itself, unless
+--supervise=false leaves that to systemd. It reads the same --config file.
+
+Exit code %d means that the cluster has all members it needs, %d that this member
+was removed from it; starting it again is useless then.`, node.ExitEnoughVoters, node.ExitRemoved),
+		Args: between(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd, &given)
+			if err != nil {
+				return err
+			}
+			if !cfg.RunsStore() {
+				return usage("--etcd-endpoints names an external etcd, so this node has no store to run", "leave flotilla-store.service out")
+			}
+			if err := os.MkdirAll(cfg.Data, 0o755); err != nil {
+				return fmt.Errorf("create the data directory: %w", err)
+			}
+			log := newLogger(cmd.ErrOrStderr(), &cfg)
+			err = store.Serve(cmd.Context(), cfg.StoreConfig(), log, func() { log.Info("the store is ready") })
+			switch {
+			case errors.Is(err, store.ErrEnoughVoters):
+				return exitCode{err, node.ExitEnoughVoters}
+			case errors.Is(err, store.ErrRemoved):
+				return exitCode{err, node.ExitRemoved}
+			}
+			return err
+		},
+	}
+	addOptions(cmd, &given, "name", "address", "data", "join", "insecure", "store-client-port", "store-peer-port", "config", "log-level", "log-format")
+	return cmd
+}
