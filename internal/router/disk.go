@@ -201,7 +201,8 @@ func (r *Router) settings(generation int64) haproxy.Config {
 }
 
 // maxConn derives the number of connections from the limit of open files: each
-// takes two, and listeners, checks and idle connections take some.
+// takes two, every fourth also a pipe (two more) to splice through, and
+// listeners, sockets and idle connections take some.
 func (r *Router) maxConn() int {
 	if r.cfg.MaxConnections > 0 {
 		return r.cfg.MaxConnections
@@ -211,7 +212,7 @@ func (r *Router) maxConn() int {
 		return 1000
 	}
 	n := int(min(limit.Max, 400_000))
-	return (n - min(2000, n/4)) / 2
+	return (n - min(2000, n/4)) * 2 / 5
 }
 
 // layout is a checksum of the settings; a running configuration that has another
@@ -386,7 +387,7 @@ func (r *Router) target(snapshot *catalog.Snapshot) error {
 	names := map[string]bool{}
 	for svc := range snapshot.All() {
 		names[svc.Name] = true
-		if w := want(svc, true); w.service != "" {
+		if w := want(svc, offers{hostPort: true, sni: r.cfg.SNIPort != 0}); w.service != "" {
 			need[w.class]++
 		}
 	}

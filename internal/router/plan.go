@@ -124,9 +124,14 @@ type wantedServer struct {
 	state    haproxy.ServerState
 }
 
-// want says what a service needs. open tells whether this node can offer its
-// host_port. A service without any route needs nothing.
-func want(svc *catalog.Service, open bool) wanted {
+// offers says what this node can offer of a service beyond HTTP.
+type offers struct {
+	hostPort bool // its host_port
+	sni      bool // TLS passthrough
+}
+
+// want says what a service needs. A service without any route needs nothing.
+func want(svc *catalog.Service, node offers) wanted {
 	w := wanted{routes: map[entry]haproxy.Route{}}
 	if svc == nil || !svc.Routable() {
 		return w
@@ -142,9 +147,9 @@ func want(svc *catalog.Service, open bool) wanted {
 		w.class.Options = route != haproxy.Route{Service: svc.Name}
 	}
 	if !svc.Private && !svc.Shadowed {
-		w.publish(svc, route)
+		w.publish(svc, route, node)
 	}
-	if svc.HostPort != 0 && open {
+	if svc.HostPort != 0 && node.hostPort {
 		m := haproxy.HTTPPortMap
 		if w.class.TCP {
 			m = haproxy.TCPPortMap
@@ -170,10 +175,12 @@ func want(svc *catalog.Service, open bool) wanted {
 }
 
 // publish adds the routes by name and by custom domain.
-func (w *wanted) publish(svc *catalog.Service, route haproxy.Route) {
+func (w *wanted) publish(svc *catalog.Service, route haproxy.Route, node offers) {
 	name := strings.ToLower(svc.Name)
 	if w.class.TCP {
-		w.routes[entry{haproxy.SNIMap, name}] = route
+		if node.sni {
+			w.routes[entry{haproxy.SNIMap, name}] = route
+		}
 		return
 	}
 	redirect := haproxy.Route{Backend: haproxy.Redirect, Service: svc.Name}

@@ -219,7 +219,7 @@ func genCatalog(t *rapid.T, b *catalog.Builder, revision int64) *catalog.Snapsho
 func TestPlanCatalogConverges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		runtime := rapid.Bool().Draw(t, "backends at run time")
-		r := &Router{cfg: Config{HostPorts: "listeners"}, have: newState(), failed: map[string]string{}}
+		r := &Router{cfg: Config{SNIPort: 1}, have: newState(), failed: map[string]string{}}
 		r.ports = hostPorts{address: netip.MustParseAddr("127.0.0.1"), nftables: true, busy: map[int]busyPort{}, open: map[string]bool{}}
 		if !runtime {
 			for _, class := range haproxy.Classes {
@@ -257,7 +257,7 @@ func TestPlanCatalogConverges(t *testing.T) {
 			}
 			wanted := map[entry]string{}
 			for svc := range snapshot.All() {
-				for e, route := range want(svc, svc.HostPort != 0).routes {
+				for e, route := range want(svc, offers{hostPort: svc.HostPort != 0, sni: true}).routes {
 					wanted[e] = svc.Name
 					value := r.have.routes[e]
 					backend, service := haproxy.RouteOwner(value)

@@ -54,7 +54,6 @@ func (r *Router) attach(ctx context.Context, snapshot *catalog.Snapshot) error {
 	r.attached = true
 	r.startable()
 	r.done = nil // compare everything
-	r.failed = map[string]string{}
 	r.disk.pid, _ = strconv.Atoi(info["Pid"])
 	r.disk.touchAll()
 	r.reload.generation = generation
@@ -263,7 +262,8 @@ func parseBackends(text string) []string {
 // readAll reads everything that HAProxy runs into r.have.
 func (r *Router) readAll(ctx context.Context) error {
 	commands := []string{"show backend", haproxy.ServersState("")}
-	for _, m := range haproxy.Maps {
+	routeMaps := r.routeMaps()
+	for _, m := range routeMaps {
 		commands = append(commands, "show map "+r.mapFile(m))
 	}
 	r.counts.commands += uint64(len(commands))
@@ -281,16 +281,20 @@ func (r *Router) readAll(ctx context.Context) error {
 			have.backends[b] = byName(servers[b])
 		}
 	}
-	for i, m := range haproxy.Maps {
-		if m == haproxy.StateMap {
-			continue
-		}
+	for i, m := range routeMaps {
 		for key, value := range haproxy.ParseMap(answers[2+i].Text) {
 			have.setRoute(entry{m, key}, value)
 		}
 	}
 	r.have = have
 	return nil
+}
+
+// routeMaps are the maps of routes that the configuration uses.
+func (r *Router) routeMaps() []string {
+	return slices.DeleteFunc(slices.Clone(haproxy.Maps), func(m string) bool {
+		return m == haproxy.StateMap || m == haproxy.SNIMap && r.cfg.SNIPort == 0
+	})
 }
 
 // auditor goes through all backends and maps again and again, a part each second,
@@ -309,7 +313,7 @@ func (r *Router) auditSome(ctx context.Context, now time.Time) error {
 	if len(a.backends) == 0 && len(a.maps) == 0 {
 		a.backends = slices.Sorted(maps.Values(r.slots.used))
 		a.perTick = len(a.backends)/auditRound + 1
-		a.maps = slices.DeleteFunc(slices.Clone(haproxy.Maps), func(m string) bool { return m == haproxy.StateMap })
+		a.maps = r.routeMaps()
 	}
 	part := a.backends[:min(a.perTick, len(a.backends))]
 	a.backends = a.backends[len(part):]

@@ -165,7 +165,7 @@ func (r *Router) supervise(ctx context.Context) error {
 	}
 	err := child.Run(ctx, child.Config{
 		Name:        "haproxy",
-		Argv:        []string{r.cfg.Binary, "-W", "-q", "-S", r.masterSocket() + ",mode,600", "-f", r.disk.config()},
+		Argv:        []string{r.cfg.Binary, "-W", "-S", r.masterSocket() + ",mode,600", "-f", r.disk.config()},
 		Dir:         r.cfg.Dir,
 		LogFile:     filepath.Join(r.cfg.Dir, "haproxy.log"),
 		PidFile:     filepath.Join(r.cfg.Dir, "haproxy.pid"),
@@ -309,7 +309,7 @@ func (r *Router) reconcileBatch(ctx context.Context, snapshot *catalog.Snapshot,
 
 // planService returns the steps for one service; svc is nil when it is gone.
 func (r *Router) planService(svc *catalog.Service, name string) []Step {
-	w := want(svc, svc != nil && r.mayOpen(svc))
+	w := want(svc, offers{hostPort: svc != nil && r.mayOpen(svc), sni: r.cfg.SNIPort != 0})
 	var steps []Step
 	backend := ""
 	if w.service != "" {
