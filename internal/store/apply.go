@@ -74,8 +74,8 @@ func (c *Client) Apply(ctx context.Context, ops []Op, conds ...Cond) (int64, err
 	resp, err := c.etcd.Txn(ctx).If(when...).Then(then...).Commit()
 	if err != nil {
 		if tried.sent && unknownOutcome(err) {
-			return 0, fmt.Errorf("%s: %w: the store at %s did not answer in time or the connection broke (%w)",
-				what, ErrUnknown, strings.Join(c.Endpoints(), ", "), err)
+			return 0, fmt.Errorf("%s: %w: the store at %s did not answer in time or the connection broke (%s)",
+				what, ErrUnknown, strings.Join(c.Endpoints(), ", "), short(err))
 		}
 		return 0, c.explain(what, tried.cause(err))
 	}

@@ -190,7 +190,7 @@ func withLimit(ctx context.Context, limit time.Duration) (context.Context, conte
 // until the deadline and then forgets why.
 type attempts struct {
 	sent bool  // a member may have received it
-	err  error // of the last attempt that did not just run out of time
+	err  error // of the last attempt, unless it just ran out of time
 }
 
 type attemptsKey struct{}
@@ -212,7 +212,7 @@ func record(ctx context.Context, method string, req, reply any, conn *grpc.Clien
 	if p.Addr != nil {
 		a.sent = true
 	}
-	if err != nil && codeOf(err) != codes.DeadlineExceeded {
+	if err != nil && (p.Addr == nil || codeOf(err) != codes.DeadlineExceeded) {
 		a.err = err
 	}
 	return err
@@ -307,11 +307,23 @@ func (c *Client) explain(what string, err error) error {
 	}
 	switch codeOf(err) {
 	case codes.DeadlineExceeded, codes.Unavailable:
-		return fmt.Errorf("%s: %w at %s: check that most of its members run and can be reached (%w)", what, ErrUnavailable, at, err)
+		return fmt.Errorf("%s: %w at %s: check that most of its members run and can be reached (%s)", what, ErrUnavailable, at, short(err))
 	case codes.Unauthenticated, codes.PermissionDenied:
-		return fmt.Errorf("%s: the store at %s refuses it: check the certificate and the role of its user (%w)", what, at, err)
+		return fmt.Errorf("%s: the store at %s refuses it: check the certificate and the role of its user (%s)", what, at, short(err))
 	}
 	return fmt.Errorf("%s: store at %s: %w", what, at, err)
+}
+
+// short returns the part of a gRPC error that tells people something.
+func short(err error) string {
+	text := err.Error()
+	if st, ok := status.FromError(err); ok {
+		text = st.Message()
+	}
+	if _, dialing, ok := strings.Cut(text, "Error while dialing: "); ok {
+		text = strings.TrimSuffix(dialing, `"`)
+	}
+	return text
 }
 
 // codeOf returns the gRPC code of an error of clientv3 in any of its forms.

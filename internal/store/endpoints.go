@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -105,7 +106,7 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 	for _, p := range probes {
 		all = append(all, p)
 	}
-	slices.SortFunc(all, func(a, b *probe) int { return comparing(a.rank, b.rank) })
+	slices.SortFunc(all, func(a, b *probe) int { return cmp.Compare(a.rank, b.rank) })
 
 	c.mu.Lock()
 	for _, p := range all { // configured endpoints say which cluster is ours
@@ -138,18 +139,12 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 	c.use(good)
 }
 
-func comparing(a, b float64) int {
-	if a < b {
-		return -1
-	}
-	return 1
-}
-
 // read proves that the endpoint reaches a quorum. A refusal for want of rights
 // proves it too.
 func (p *probe) read(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, probeLimit)
 	defer cancel()
+	ctx, tried := recorded(ctx)
 	resp, err := p.etcd.Get(ctx, "\x00", clientv3.WithCountOnly())
 	switch {
 	case err == nil:
@@ -157,7 +152,7 @@ func (p *probe) read(ctx context.Context) {
 	case codeOf(err) == codes.PermissionDenied:
 		p.err = nil
 	default:
-		p.err = err
+		p.err = errors.New(short(tried.cause(err)))
 	}
 }
 
@@ -232,11 +227,12 @@ func (c *Client) Status(ctx context.Context) Health {
 	ctx, cancel := withLimit(ctx, writeLimit)
 	defer cancel()
 	lctx, done := context.WithTimeout(ctx, readLimit)
+	lctx, tried := recorded(lctx)
 	list, err := c.etcd.MemberList(lctx)
 	done()
 	h := Health{Quorum: err == nil}
 	if err != nil {
-		h.Err = c.explain("list the members", err).Error()
+		h.Err = c.explain("list the members", tried.cause(err)).Error()
 		lctx, done := context.WithTimeout(ctx, readLimit/2)
 		list, err = c.etcd.MemberList(lctx, clientv3.WithSerializable()) // as one member knows them
 		done()

@@ -25,6 +25,7 @@ var quietServer = []string{
 	"Running http and grpc server on single port",
 	"simple token is not cryptographically signed",
 	"Failed to detect schema version",
+	"Failed to detect storage schema version",
 	"failed to update storage version",
 	"lost TCP streaming connection",
 	"closed TCP streaming connection",

@@ -114,7 +114,7 @@ func (s *server) join(ctx context.Context) (initialCluster string, err error) {
 	for pause := 250 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
 		var cluster string
 		for _, e := range endpoints { // one of them may be a learner, which cannot answer
-			c.etcd.SetEndpoints(e)
+			c.use([]string{e})
 			if cluster, err = s.tryJoin(ctx, c); !errors.Is(err, errAgain) {
 				break
 			}
@@ -142,10 +142,11 @@ func (s *server) tryJoin(ctx context.Context, c *Client) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeLimit)
 	defer cancel()
 	lctx, done := context.WithTimeout(ctx, readLimit)
+	lctx, tried := recorded(lctx)
 	list, err := c.etcd.MemberList(lctx)
 	done()
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errAgain, c.explain("list the members of the store", err))
+		return "", fmt.Errorf("%w: %w", errAgain, c.explain("list the members of the store", tried.cause(err)))
 	}
 	var others []string
 	mine := false

@@ -12,6 +12,7 @@ import (
 )
 
 func TestPresence(t *testing.T) {
+	t.Parallel()
 	endpoint := storetest.Start(t)
 	etcd := raw(t, endpoint)
 	proxy := storetest.NewProxy(t, endpoint)

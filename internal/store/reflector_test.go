@@ -155,6 +155,7 @@ func TestReflectorFollows(t *testing.T) {
 }
 
 func TestReflectorKeepsStateWhileTheStoreIsAway(t *testing.T) {
+	t.Parallel()
 	endpoint := storetest.Start(t)
 	etcd := raw(t, endpoint)
 	proxy := storetest.NewProxy(t, endpoint)
@@ -188,6 +189,7 @@ func TestReflectorKeepsStateWhileTheStoreIsAway(t *testing.T) {
 }
 
 func TestReflectorListsAgainAfterCompaction(t *testing.T) {
+	t.Parallel()
 	endpoint := storetest.Start(t)
 	etcd := raw(t, endpoint)
 	proxy := storetest.NewProxy(t, endpoint)

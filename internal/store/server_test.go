@@ -75,6 +75,7 @@ func write(t *testing.T, c *store.Client, key string) (rev int64) {
 }
 
 func TestClusterSurvives(t *testing.T) {
+	t.Parallel()
 	cl := storetest.StartCluster(t, 3)
 	// One endpoint is configured; the others are found.
 	c, r, m := follow(t, "", cl.Members[0].Endpoint())
@@ -260,6 +261,7 @@ func TestTwoMembersStayOneVoter(t *testing.T) {
 }
 
 func TestServeRefuses(t *testing.T) {
+	t.Parallel()
 	addr := storetest.Addr(t)
 	config := func(t *testing.T) store.ServerConfig {
 		return store.ServerConfig{Name: "n", DataDir: filepath.Join(t.TempDir(), "data"), Address: addr,

@@ -87,6 +87,9 @@ func NewMember(t testing.TB, name string, join ...string) *Member {
 
 // Endpoint returns the member's client endpoint.
 func (m *Member) Endpoint() string {
+	if m.Config.ClientTLS.Cert != "" {
+		return "https://" + m.Address()
+	}
 	return "http://" + m.Address()
 }
 
