@@ -41,7 +41,7 @@ was removed from it; starting it again is useless then.`, node.ExitEnoughVoters,
 				return fmt.Errorf("create the data directory: %w", err)
 			}
 			log := newLogger(cmd.ErrOrStderr(), &cfg)
-			err = store.Serve(cmd.Context(), cfg.StoreConfig(), log, func() { log.Info("the store is ready") })
+			err = store.Serve(cmd.Context(), cfg.StoreConfig(), log, func() {})
 			switch {
 			case errors.Is(err, store.ErrEnoughVoters):
 				return exitCode{err, node.ExitEnoughVoters}

@@ -106,10 +106,14 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(l) }()
+	var err error
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		err = server.Serve(l)
+	}()
 	select {
-	case err := <-ended:
+	case <-ended:
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	case <-ctx.Done():
 	}
@@ -118,7 +122,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	if err := server.Shutdown(limit); err != nil {
 		_ = server.Close() // the slow requests are cut, which is what is wanted
 	}
-	_ = <-ended // that it was closed, which it was
+	<-ended
 	return nil
 }
 
