@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net"
 	"os"
@@ -185,9 +186,12 @@ func TestCertificates(t *testing.T) {
 		cChain, cKey := certFor(t, 15<<10, "c.example")
 		write("c.pem", cChain, cKey)
 		served("c.example", cChain)
-		if s := b.router.Status(); s.Reloads != 1 || len(s.Problems) != 0 {
-			t.Errorf("%d reloads, want 1: %v", s.Reloads, s.Problems)
-		}
+		eventually(t, func() string {
+			if s := b.router.Status(); s.Reloads != 1 || len(s.Problems) != 0 {
+				return fmt.Sprintf("%d reloads, want 1: %v", s.Reloads, s.Problems)
+			}
+			return ""
+		})
 		served("a.example", aChain)
 		if !isDefault("b.example") {
 			t.Error("a removed certificate came back with a reload")

@@ -236,11 +236,6 @@ func (r *Router) converge(ctx context.Context, snapshot *catalog.Snapshot) error
 	if snapshot == nil {
 		return nil
 	}
-	if r.reload.due(time.Now()) {
-		if err := r.doReload(ctx, snapshot); err != nil {
-			return err
-		}
-	}
 	var names []string
 	for _, c := range snapshot.Diff(r.done) {
 		names = append(names, c.Name())
@@ -256,6 +251,11 @@ func (r *Router) converge(ctx context.Context, snapshot *catalog.Snapshot) error
 		return err
 	}
 	r.done = snapshot
+	// Only now: the old worker goes on with the connections that it has, so it
+	// must know what the new one knows.
+	if r.reload.due(time.Now()) {
+		return r.doReload(ctx, snapshot)
+	}
 	return nil
 }
 
