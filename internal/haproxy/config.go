@@ -195,7 +195,7 @@ func AppendBackend(b []byte, be Backend) []byte {
 		if s.State == Maint {
 			continue
 		}
-		_, o, _ := ParseServerName(s.Name)
+		n, o, ours := ParseServerName(s.Name)
 		weight := s.Weight
 		if s.State == Drain {
 			weight = 0 // the file knows no drain; audits set the state and the weight
@@ -204,6 +204,10 @@ func AppendBackend(b []byte, be Backend) []byte {
 		b = append(b, s.Name...)
 		b = append(b, ' ')
 		b = append(b, s.Addr.String()...)
+		if ours {
+			b = append(b, " id "...)
+			b = strconv.AppendInt(b, int64(n), 10)
+		}
 		b = append(b, " weight "...)
 		b = strconv.AppendInt(b, int64(weight), 10)
 		b = append(b, pooling...)

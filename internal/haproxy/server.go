@@ -98,10 +98,12 @@ func (o ServerOptions) keywords() string {
 // time has no connection pool unless told so.
 const pooling = " pool-max-conn -1 pool-purge-delay 5s"
 
-// AddServer returns the command that makes a server; it starts in Maint.
+// AddServer returns the command that makes a server; it starts in Maint. Its id is
+// the number in its name: consistent hashing goes by ids, which HAProxy would
+// otherwise give anew at every reload.
 func AddServer(backend string, s Server) string {
-	_, o, _ := ParseServerName(s.Name)
-	return fmt.Sprintf("add server %s/%s %s weight %d%s%s", backend, s.Name, s.Addr, s.Weight, pooling, o.keywords())
+	n, o, _ := ParseServerName(s.Name)
+	return fmt.Sprintf("add server %s/%s %s id %d weight %d%s%s", backend, s.Name, s.Addr, n, s.Weight, pooling, o.keywords())
 }
 
 // SetState returns the command that sets a server's administrative state.
