@@ -103,7 +103,7 @@ type Router struct {
 	done     *catalog.Snapshot
 	ports    hostPorts
 	certs    certificates
-	disk     disk
+	disk     *disk
 	reload   reloading
 	failed   map[string]string // services that HAProxy refuses, and why
 	draining bool
