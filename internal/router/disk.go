@@ -177,7 +177,7 @@ func (r *Router) prepare(ctx context.Context) error {
 	r.disk = newDisk(r.cfg.Dir, r.log)
 	saved, err := os.ReadFile(r.mapFile(haproxy.StateMap))
 	r.draining = err == nil && bytes.Contains(saved, []byte("draining yes"))
-	if err := r.ports.prepare(ctx, r.cfg, r.log); err != nil {
+	if err := r.ports.prepare(ctx, r.cfg, r.client, r.log); err != nil {
 		return err
 	}
 	return r.prepareCertificates()

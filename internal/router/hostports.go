@@ -25,12 +25,12 @@ import (
 // element; elsewhere a new port is a new listener, which costs a reload.
 type hostPorts struct {
 	log      *slog.Logger
+	client   *haproxy.Client
 	address  netip.Addr
 	nftables bool
 	redirect int             // port of the TCP listener; the HTTP one is the next
 	open     map[string]bool // redirected now, by "map port"
-	listen   map[entry]bool  // listeners that the running configuration has
-	wanted   map[entry]bool  // listeners that the next one shall have
+	listen   map[entry]bool  // listeners that HAProxy has
 	busy     map[int]busyPort
 	next     time.Time // of the next look for other programs
 }
@@ -41,10 +41,10 @@ type busyPort struct {
 	why     error
 }
 
-func (p *hostPorts) prepare(ctx context.Context, cfg Config, log *slog.Logger) error {
+func (p *hostPorts) prepare(ctx context.Context, cfg Config, client *haproxy.Client, log *slog.Logger) error {
 	*p = hostPorts{
-		log: log, address: cfg.Address, redirect: cfg.RedirectPort,
-		open: map[string]bool{}, listen: map[entry]bool{}, wanted: map[entry]bool{}, busy: map[int]busyPort{},
+		log: log, client: client, address: cfg.Address, redirect: cfg.RedirectPort,
+		open: map[string]bool{}, listen: map[entry]bool{}, busy: map[int]busyPort{},
 	}
 	if cfg.HostPorts == "listeners" {
 		return nil
@@ -95,8 +95,15 @@ func (p *hostPorts) unusedBind(tcp bool) []int {
 	return []int{p.redirect + 1}
 }
 
-// adopt makes the wanted listeners those of the next configuration.
-func (p *hostPorts) adopt() { p.listen = maps.Clone(p.wanted) }
+// adopt makes the ports that the next configuration routes its listeners.
+func (p *hostPorts) adopt(next *state) {
+	clear(p.listen)
+	for e := range next.routes {
+		if portSets[e.Map] != "" {
+			p.listen[e] = true
+		}
+	}
+}
 
 // mayOpen reports whether this node can offer the service's host_port, and sees
 // to it that it will. A port that another program listens on is a problem of
@@ -111,6 +118,7 @@ func (r *Router) mayOpen(svc *catalog.Service) bool {
 		e.Map = haproxy.TCPPortMap
 	}
 	if !p.nftables && p.listen[e] {
+		delete(p.busy, svc.HostPort)
 		return true
 	}
 	if err := tryBind(netip.AddrPortFrom(p.address, uint16(svc.HostPort))); err != nil {
@@ -123,11 +131,9 @@ func (r *Router) mayOpen(svc *catalog.Service) bool {
 			p.busy[svc.HostPort] = busyPort{svc.Name, err}
 			return false
 		}
-		delete(p.wanted, other)
 	}
 	delete(p.busy, svc.HostPort)
-	if !p.nftables && !p.wanted[e] {
-		p.wanted[e] = true
+	if !p.nftables {
 		r.reload.ask(time.Now(), "host_port "+e.Key+" of service "+svc.Name+" is new")
 	}
 	return true
@@ -154,8 +160,11 @@ func tryBind(addr netip.AddrPort) error {
 	return unix.Bind(fd, sa)
 }
 
-// follow opens and closes ports as the steps that were carried out route them.
+// follow redirects ports as the steps that were carried out route them.
 func (p *hostPorts) follow(ctx context.Context, steps []Step) error {
+	if !p.nftables {
+		return nil
+	}
 	var script strings.Builder
 	for _, s := range steps {
 		set, ok := portSets[s.Map]
@@ -164,9 +173,6 @@ func (p *hostPorts) follow(ctx context.Context, steps []Step) error {
 		}
 		key := set + " " + s.Key
 		switch {
-		case s.Do == DelRoute && !p.nftables:
-			delete(p.wanted, entry{s.Map, s.Key})
-		case !p.nftables:
 		case s.Do == SetRoute && !p.open[key]:
 			p.open[key] = true
 			fmt.Fprintf(&script, "add element %s %s { %s }\n", p.name(), set, s.Key)
@@ -187,24 +193,36 @@ func (p *hostPorts) follow(ctx context.Context, steps []Step) error {
 
 var portSets = map[string]string{haproxy.TCPPortMap: "tcp_ports", haproxy.HTTPPortMap: "http_ports"}
 
-// resync opens just the ports that the maps route.
+// resync redirects just the ports that the maps route, or learns which ports
+// HAProxy listens on.
 func (p *hostPorts) resync(ctx context.Context, have *state) error {
+	if !p.nftables {
+		return p.readListeners(ctx)
+	}
 	clear(p.open)
 	for e := range have.routes {
-		set, ok := portSets[e.Map]
-		switch {
-		case !ok:
-		case p.nftables:
+		if set := portSets[e.Map]; set != "" {
 			p.open[set+" "+e.Key] = true
-		default:
-			p.wanted[e] = true
-			p.listen[e] = true
 		}
 	}
-	if !p.nftables {
-		return nil
-	}
 	return p.nft(ctx, p.table(p.open))
+}
+
+func (p *hostPorts) readListeners(ctx context.Context) error {
+	const listeners = "8" // the type of row
+	answers, err := p.client.Do(ctx, "show stat tcp-ports "+listeners+" -1", "show stat http-ports "+listeners+" -1")
+	if err != nil {
+		return fmt.Errorf("listeners: %w", err)
+	}
+	clear(p.listen)
+	for i, m := range []string{haproxy.TCPPortMap, haproxy.HTTPPortMap} {
+		for _, row := range haproxy.ParseStats(answers[i].Text) {
+			if addr, err := netip.ParseAddrPort(row["addr"]); err == nil && int(addr.Port()) != p.redirect+i {
+				p.listen[entry{m, strconv.Itoa(int(addr.Port()))}] = true
+			}
+		}
+	}
+	return nil
 }
 
 func (p *hostPorts) family() string {

@@ -73,9 +73,9 @@ func (r *Router) offer(snapshot *catalog.Snapshot) {
 	}
 	r.have = newState()
 	r.slots.reset(r.have, r.version.MakesBackends(), now)
-	r.ports.adopt()
-	generation := r.nextGeneration()
 	err := r.target(snapshot)
+	r.ports.adopt(r.have)
+	generation := r.nextGeneration()
 	if err == nil {
 		var files []file
 		if files, err = r.render(generation); err == nil {
@@ -148,9 +148,9 @@ func (r *Router) doReload(ctx context.Context, snapshot *catalog.Snapshot) error
 	reason := r.reload.reason
 	r.reload.reason = "" // what planning asks for is in this reload
 	r.attached = false
-	r.ports.adopt()
-	generation := r.nextGeneration()
 	err := r.target(snapshot)
+	r.ports.adopt(r.have)
+	generation := r.nextGeneration()
 	if err == nil {
 		err = r.replaceWorker(ctx, generation)
 	}
