@@ -51,8 +51,8 @@ func (c *Client) Do(ctx context.Context, commands ...string) ([]Answer, error) {
 // its answer; otherwise it returns ErrGuard and has sent nothing else.
 func (c *Client) DoIf(ctx context.Context, guard string, accept func(Answer) bool, commands ...string) ([]Answer, error) {
 	for _, cmd := range commands {
-		if i := strings.IndexFunc(cmd, func(r rune) bool { return r < ' ' || r > '~' || r == ';' }); i >= 0 {
-			return nil, fmt.Errorf("haproxy command %q: byte %q is not allowed", cmd, cmd[i])
+		if err := checkCommand(cmd); err != nil {
+			return nil, err
 		}
 	}
 	conn, err := c.dial(ctx)
@@ -65,6 +65,27 @@ func (c *Client) DoIf(ctx context.Context, guard string, accept func(Answer) boo
 		err = fmt.Errorf("haproxy socket %s: %w: %w", c.Socket, ErrUnknown, err)
 	}
 	return answers, err
+}
+
+// maxCommand is less than the buffer that HAProxy reads a line into; it ends the
+// connection when a line does not fit.
+const maxCommand = 15 << 10
+
+// checkCommand refuses what HAProxy would not take for exactly one command: a
+// backslash can join a line with the next one, and "<<" begins a payload.
+func checkCommand(cmd string) error {
+	bad := func(r rune) bool { return r < ' ' || r > '~' || r == ';' || r == '\\' }
+	switch i := strings.IndexFunc(cmd, bad); {
+	case i >= 0:
+		return fmt.Errorf("haproxy command %.200q: byte %q is not allowed", cmd, cmd[i])
+	case strings.Contains(cmd, "<<"):
+		return fmt.Errorf("haproxy command %.200q: %q is not allowed", cmd, "<<")
+	case strings.TrimSpace(cmd) == "":
+		return errors.New("haproxy command: it is empty")
+	case len(cmd) > maxCommand:
+		return fmt.Errorf("haproxy command %.200q: %d bytes are more than %d", cmd, len(cmd), maxCommand)
+	}
+	return nil
 }
 
 func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []string) ([]Answer, error) {
@@ -105,10 +126,19 @@ func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []
 // Payload sends one command with a multi-line payload, such as a certificate.
 // HAProxy before 3.4 silently drops payloads over 16 KiB, so these are refused.
 func (c *Client) Payload(ctx context.Context, command, payload string) error {
+	if err := checkCommand(command); err != nil {
+		return err
+	}
+	payload = strings.TrimSpace(payload)
 	if len(payload) > 15<<10 {
 		return fmt.Errorf("haproxy command %q: payload of %d bytes is over 15 KiB", command, len(payload))
 	}
-	text, err := c.raw(ctx, "set severity-output number;"+command+" <<\n"+strings.TrimSpace(payload)+"\n\n")
+	for line := range strings.SplitSeq(payload, "\n") {
+		if strings.TrimSpace(line) == "" && payload != "" {
+			return fmt.Errorf("haproxy command %q: an empty line would end the payload early", command)
+		}
+	}
+	text, err := c.raw(ctx, "set severity-output number;"+command+" <<\n"+payload+"\n\n")
 	if err != nil {
 		return err
 	}

@@ -68,12 +68,13 @@ func parseServer(line string) (backend string, s Server, err error) {
 	return f[1], s, nil
 }
 
-// ParseMap reads the answer to "show map": values by key.
+// ParseMap reads the answer to "show map": values by key. Every entry begins with
+// its address in memory; all else, such as an error, is none.
 func ParseMap(text string) map[string]string {
 	entries := map[string]string{}
 	for line := range strings.SplitSeq(text, "\n") {
-		_, rest, ok := strings.Cut(line, " ")
-		if !ok {
+		address, rest, ok := strings.Cut(line, " ")
+		if !ok || !strings.HasPrefix(address, "0x") {
 			continue
 		}
 		if key, value, ok := strings.Cut(rest, " "); ok {
