@@ -1,0 +1,119 @@
+package harness
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+)
+
+// Endpoint is an HTTP server that answers every request with its own name.
+type Endpoint struct {
+	Address string // ip:port
+	server  *http.Server
+}
+
+// endpointPort is free on addresses that nobody else uses.
+const endpointPort = 9000
+
+// EndpointAddress returns ip:port number n of the addresses 127.<net>.x.y.
+func EndpointAddress(net, n int) string {
+	ip := netip.AddrFrom4([4]byte{127, byte(net), byte(n/250 + 1), byte(n%250 + 1)})
+	return netip.AddrPortFrom(ip, endpointPort).String()
+}
+
+// Serve starts an endpoint. Its address is not to be used twice.
+func Serve(address, name string) (*Endpoint, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("start endpoint %s: %w", name, err)
+	}
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, name) // the router sees it if that fails
+	})}
+	go func() { _ = s.Serve(l) }() // returns when it is closed
+	return &Endpoint{address, s}, nil
+}
+
+// Close closes the listener and every connection at once, as a process that
+// ends does.
+func (e *Endpoint) Close() error { return e.server.Close() }
+
+// Client is an HTTP client without mercy: one connection, no second attempt.
+type Client struct {
+	Address   string // ip:port
+	KeepAlive bool   // use a connection for many requests
+
+	conn net.Conn
+	in   *bufio.Reader
+}
+
+// requestTimeout is longer than anything that a router waits for.
+const requestTimeout = 15 * time.Second
+
+// Do sends one request without a body and returns the status and the answer. It
+// opens a connection if none is left.
+func (c *Client) Do(method, host string) (int, string, error) {
+	if c.conn == nil {
+		conn, err := net.DialTimeout("tcp", c.Address, requestTimeout)
+		if err != nil {
+			return 0, "", err
+		}
+		c.conn, c.in = conn, bufio.NewReader(conn)
+	}
+	status, body, stays, err := c.exchange(method, host)
+	if err != nil || !stays || !c.KeepAlive {
+		c.Close()
+	}
+	return status, body, err
+}
+
+func (c *Client) exchange(method, host string) (status int, answer string, stays bool, err error) {
+	if err := c.conn.SetDeadline(time.Now().Add(requestTimeout)); err != nil {
+		return 0, "", false, err
+	}
+	extra := ""
+	if !c.KeepAlive {
+		extra = "Connection: close\r\n"
+	}
+	if method == http.MethodPost {
+		extra += "Content-Length: 0\r\n"
+	}
+	if _, err := fmt.Fprintf(c.conn, "%s / HTTP/1.1\r\nHost: %s\r\n%s\r\n", method, host, extra); err != nil {
+		return 0, "", false, err
+	}
+	resp, err := http.ReadResponse(c.in, nil)
+	if err != nil {
+		return 0, "", false, err
+	}
+	body, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(body), !resp.Close, err
+}
+
+// Close closes the connection, if there is one.
+func (c *Client) Close() {
+	if c.conn != nil {
+		_ = c.conn.Close() // nothing is waiting to be sent
+		c.conn = nil
+	}
+}
+
+// Until asks for host again and again until the answer is 200 and want, or any
+// text if want is "", and returns when it was.
+func (c *Client) Until(ctx context.Context, host, want string) (time.Time, error) {
+	for {
+		status, body, err := c.Do(http.MethodGet, host)
+		if err == nil && status == http.StatusOK && (want == "" || body == want) {
+			return time.Now(), nil
+		}
+		select {
+		case <-ctx.Done():
+			return time.Time{}, fmt.Errorf("%s at %s: %w (last answer: %d %.60q %v)", host, c.Address, ctx.Err(), status, body, err)
+		case <-time.After(200 * time.Microsecond):
+		}
+	}
+}

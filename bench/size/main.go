@@ -1,0 +1,211 @@
+// Command size measures what a node costs as the number of services grows: CPU
+// per change, memory, and the time from its start until it routes everything.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"flotilla/bench/harness"
+)
+
+const (
+	claim = "CPU per change, memory and cold start of one node by number of services, 3 endpoints each"
+	// Networks 127.<n>.0.0/16 of the nodes and of the endpoints.
+	nodeNet, endpointNet = 84, 85
+	// bar is the node process's memory at the largest size, in MiB.
+	bar = 150e6 / (1 << 20)
+	// rate is how many changes are made in a second.
+	rate = 20
+)
+
+func main() {
+	harness.Main("size", claim, run)
+}
+
+func run(ctx context.Context, b *harness.Bench) (err error) {
+	origin := make([]*harness.Endpoint, 3)
+	for i := range origin {
+		if origin[i], err = harness.Serve(harness.EndpointAddress(endpointNet, i), "origin"); err != nil {
+			return err
+		}
+	}
+	b.Printf("setup    one node with its own store; a second node that follows that store is started cold (empty data\n")
+	b.Printf("         directory) and warm (its last good catalog on disk); a change replaces one endpoint, %d changes/s\n", rate)
+	b.Printf("cpu      of the node process and of its HAProxy, per change, less what they use when nothing changes\n")
+	b.Printf("memory   resident, MiB: after the load (at rest), after the changes, and the most there ever was\n")
+	b.Printf("start    ms from exec until the router runs the whole catalog; then every service is asked once\n")
+	for i, n := range b.Sizes() {
+		s := &sized{Bench: b, services: n, net: nodeNet, origin: origin, last: i == len(b.Sizes())-1}
+		b.Logf("%d services", n)
+		b.Printf("\n%d services\n", n)
+		if err := s.run(ctx); err != nil {
+			return fmt.Errorf("%d services: %w", n, err)
+		}
+	}
+	return nil
+}
+
+// sized is the measurement at one number of services.
+type sized struct {
+	*harness.Bench
+	services int
+	net      int
+	origin   []*harness.Endpoint
+	last     bool // the size that the bar is for
+	cluster  *harness.Cluster
+	revision int64
+}
+
+func (s *sized) endpoint(service, n int) string { return s.origin[(service+n)%3].Address }
+
+func (s *sized) run(ctx context.Context) (err error) {
+	s.cluster, err = s.StartCluster(ctx, s.net, 1)
+	defer func() {
+		err = errors.Join(err, s.cluster.Stop(), os.RemoveAll(filepath.Join(s.Dir, "n1")))
+	}()
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	if s.revision, err = s.cluster.PutServices(ctx, 0, s.services, s.endpoint); err != nil {
+		return err
+	}
+	wrote := time.Since(began)
+	if err := s.cluster.Nodes[0].Applied(ctx, s.revision); err != nil {
+		return err
+	}
+	s.Printf("load     %d keys written in %.2f s, applied %.2f s after the first\n", s.services*4, wrote.Seconds(), time.Since(began).Seconds())
+	if err := s.cluster.Settle(ctx, s.revision); err != nil {
+		return err
+	}
+	if err := s.changes(ctx); err != nil {
+		return err
+	}
+	return s.starts(ctx)
+}
+
+// changes measures a quiet while, and one with changes.
+func (s *sized) changes(ctx context.Context) error {
+	length := 30 * time.Second
+	if s.Quick {
+		length = 5 * time.Second
+	}
+	rest, err := s.cluster.Nodes[0].Costs()
+	if err != nil {
+		return err
+	}
+	if err := harness.Pause(ctx, length); err != nil {
+		return err
+	}
+	before, err := s.cluster.Nodes[0].Costs()
+	if err != nil {
+		return err
+	}
+	reloads, err := s.cluster.Reloads(ctx)
+	if err != nil {
+		return err
+	}
+	done := 0
+	tick := time.NewTicker(time.Second / rate)
+	defer tick.Stop()
+	for began := time.Now(); time.Since(began) < length; done++ {
+		name := harness.ServiceName(rand.IntN(s.services))
+		// A third to a fifth endpoint, so that the value does change.
+		port := 10000 + done%50000
+		_, err := s.cluster.Store.Put(ctx, harness.EndpointKey(name, "3"), fmt.Sprintf("127.%d.1.1:%d", endpointNet, port))
+		if err != nil {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	after, err := s.cluster.Nodes[0].Costs()
+	if err != nil {
+		return err
+	}
+	more, err := s.cluster.Reloads(ctx)
+	if err != nil {
+		return err
+	}
+	per := func(of func(harness.Costs) harness.Usage) (idle, change float64) {
+		quiet := of(before).CPU - of(rest).CPU
+		busy := of(after).CPU - of(before).CPU
+		return quiet.Seconds() / length.Seconds() * 100, (busy - quiet).Seconds() * 1000 / float64(done)
+	}
+	for _, p := range []struct {
+		name string
+		of   func(harness.Costs) harness.Usage
+	}{
+		{"node", func(c harness.Costs) harness.Usage { return c.Node }},
+		{"haproxy", func(c harness.Costs) harness.Usage { return c.HAProxy }},
+		{"store", func(c harness.Costs) harness.Usage { return c.Store }},
+	} {
+		idle, change := per(p.of)
+		s.Printf("%-8s %6.2f ms of CPU per change (n %d)  at rest %.2f %% of a core  memory %.0f at rest, %.0f after changes, %.0f at most\n",
+			p.name, change, done, idle, p.of(before).RSS, p.of(after).RSS, p.of(after).Peak)
+	}
+	if s.last {
+		s.AtMost(fmt.Sprintf("memory of the node process at %d services, at rest or after changes", s.services), max(before.Node.RSS, after.Node.RSS), bar, " MiB")
+	}
+	s.AtMost(fmt.Sprintf("HAProxy reloads during the changes at %d services", s.services), float64(more-reloads), 0, "")
+	// What was changed points nowhere; put it right for the starts.
+	s.revision, err = s.cluster.PutServices(ctx, 0, s.services, s.endpoint)
+	return err
+}
+
+// starts measures starts of a second node, in turn with nothing and with its
+// last good catalog on disk.
+func (s *sized) starts(ctx context.Context) error {
+	rounds := 5
+	if s.Quick {
+		rounds = 1
+	}
+	var cold, warm []float64
+	for range rounds {
+		for _, ms := range []*[]float64{&cold, &warm} {
+			took, err := s.start(ctx)
+			if err != nil {
+				return err
+			}
+			*ms = append(*ms, took)
+		}
+		if err := os.RemoveAll(filepath.Join(s.Dir, "n2")); err != nil {
+			return err
+		}
+	}
+	s.Printf("start    cold median %.0f ms  raw %s\n", harness.Median(cold), harness.Join(cold, "%.0f"))
+	s.Printf("         warm median %.0f ms  raw %s\n", harness.Median(warm), harness.Join(warm, "%.0f"))
+	return nil
+}
+
+// start starts the second node, stops it after it routes everything, and returns
+// the ms until then.
+func (s *sized) start(ctx context.Context) (ms float64, err error) {
+	n, err := s.StartNode("n2", fmt.Sprintf("127.%d.0.2", s.net), "--etcd-endpoints", s.cluster.Endpoint())
+	defer func() { err = errors.Join(err, n.Stop()) }()
+	if err != nil {
+		return 0, err
+	}
+	if err := n.Applied(ctx, s.revision); err != nil {
+		return 0, err
+	}
+	took := time.Since(n.Started)
+	client := &harness.Client{Address: n.Address, KeepAlive: true}
+	defer client.Close()
+	for i := range s.services {
+		if status, body, err := client.Do(http.MethodGet, harness.ServiceName(i)); err != nil || status != http.StatusOK {
+			return 0, fmt.Errorf("service %d is not routed when the node says that all are: %d %.60q %w", i, status, body, err)
+		}
+	}
+	return took.Seconds() * 1000, nil
+}
