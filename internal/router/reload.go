@@ -151,6 +151,9 @@ func (r *Router) doReload(ctx context.Context, snapshot *catalog.Snapshot) error
 	err := r.target(snapshot)
 	r.ports.adopt(r.have)
 	generation := r.nextGeneration()
+	if _, err := r.Stats(ctx); err != nil { // the new worker counts from 0
+		r.log.Warn("some requests are not counted", "err", err)
+	}
 	if err == nil {
 		err = r.replaceWorker(ctx, generation)
 	}

@@ -194,7 +194,12 @@ func (r *Router) retire(ctx context.Context, now time.Time) error {
 // reclaim makes a rested backend free if nothing is left in it: a request that is
 // still to be tried again there must not reach the next service's endpoint.
 func (r *Router) reclaim(ctx context.Context, backend string) (bool, error) {
-	answers, err := r.do(ctx, "show servers conn "+backend, "show stat "+backend+" 2 -1")
+	st := &r.stats
+	if !st.mu.TryLock() {
+		return false, nil // the counters are being read; there is no hurry
+	}
+	defer st.mu.Unlock()
+	answers, err := r.do(ctx, "show servers conn "+backend, "show stat "+backend+" 2 -1", "show info")
 	if err != nil {
 		return false, err
 	}
@@ -203,14 +208,24 @@ func (r *Router) reclaim(ctx context.Context, backend string) (bool, error) {
 			return false, nil
 		}
 	}
-	for _, row := range haproxy.ParseStats(answers[1].Text) {
+	counters := haproxy.ParseStats(answers[1].Text)
+	for _, row := range counters {
 		if n, _ := strconv.Atoi(row["scur"]); n > 0 || row["qcur"] != "0" {
 			return false, nil
 		}
 	}
-	r.owners.Delete(backend)
+	if service, ok := r.owners.LoadAndDelete(backend); ok {
+		st.meet(answers[2])
+		for _, row := range counters {
+			st.add(row, service.(string))
+		}
+	}
 	if r.slots.runtime {
-		return r.removeBackend(ctx, backend)
+		gone, err := r.removeBackend(ctx, backend)
+		if gone {
+			delete(st.last, backend)
+		}
+		return gone, err
 	}
 	class, _ := haproxy.ClassOf(backend)
 	r.slots.fresh[class] = append([]string{backend}, r.slots.fresh[class]...)

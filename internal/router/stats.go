@@ -15,14 +15,10 @@ import (
 // statistics turns HAProxy's counters, which begin anew with every reload and go
 // on when a backend changes hands, into counters by service that never go back.
 type statistics struct {
-	mu   sync.Mutex // guards both maps
-	last map[string]backendCounters
+	mu   sync.Mutex // guards the rest, from the reading of HAProxy's counters to their use
+	pid  string     // of the worker that last is about
+	last map[string][counterCount]uint64
 	sums map[string]*ServiceStats
-}
-
-type backendCounters struct {
-	service string
-	values  [counterCount]uint64
 }
 
 // counterColumns are the columns of "show stat" that only grow.
@@ -30,27 +26,24 @@ var counterColumns = [...]string{"hrsp_other", "hrsp_1xx", "hrsp_2xx", "hrsp_3xx
 
 const counterCount = len(counterColumns)
 
-// Stats reads every service's counters from HAProxy.
+// Stats reads every service's counters from HAProxy. What an old worker counts
+// after a reload is missing.
 func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) {
-	answers, err := r.client.Do(ctx, "show stat -1 2 -1")
-	if err != nil {
-		return nil, fmt.Errorf("statistics: %w", err)
-	}
 	st := &r.stats
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.last == nil {
-		st.last, st.sums = map[string]backendCounters{}, map[string]*ServiceStats{}
+	answers, err := r.client.Do(ctx, "show info", "show stat -1 2 -1")
+	if err != nil {
+		return nil, fmt.Errorf("statistics: %w", err)
 	}
+	st.meet(answers[0])
 	for _, sum := range st.sums {
 		sum.Active, sum.Queued, sum.ResponseMillis, sum.TotalMillis = 0, 0, 0, 0
 	}
-	for _, row := range haproxy.ParseStats(answers[0].Text) {
-		owner, ok := r.owners.Load(row["pxname"])
-		if !ok {
-			continue
+	for _, row := range haproxy.ParseStats(answers[1].Text) {
+		if owner, ok := r.owners.Load(row["pxname"]); ok {
+			st.add(row, owner.(string))
 		}
-		st.add(row, owner.(string))
 	}
 	all := make([]ServiceStats, 0, len(st.sums))
 	for _, sum := range st.sums {
@@ -60,34 +53,35 @@ func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) {
 	return all, nil
 }
 
+// meet forgets the counters of the worker before the one that info is from. The
+// caller holds mu.
+func (st *statistics) meet(info haproxy.Answer) {
+	if pid := haproxy.ParseInfo(info.Text)["Pid"]; pid != st.pid {
+		st.pid, st.last = pid, map[string][counterCount]uint64{}
+	}
+}
+
+// add counts what the backend did since it was read last. The caller holds mu.
 func (st *statistics) add(row map[string]string, service string) {
 	number := func(column string) uint64 {
 		n, _ := strconv.ParseUint(row[column], 10, 64) // absent is 0
 		return n
 	}
-	now := backendCounters{service: service}
-	for i, column := range counterColumns {
-		now.values[i] = number(column)
-	}
-	was := st.last[row["pxname"]]
-	st.last[row["pxname"]] = now
-	var delta [counterCount]uint64
-	for i := range delta {
-		switch {
-		case was.service != "" && was.service != service:
-			// The backend changed hands: what it counted before is not ours. It
-			// rested, so nothing was counted since.
-		case now.values[i] < was.values[i]:
-			delta[i] = now.values[i] // reloaded
-		default:
-			delta[i] = now.values[i] - was.values[i]
-		}
+	if st.sums == nil {
+		st.sums = map[string]*ServiceStats{}
 	}
 	sum := st.sums[service]
 	if sum == nil {
 		sum = &ServiceStats{Service: service}
 		st.sums[service] = sum
 	}
+	var now, delta [counterCount]uint64
+	was := st.last[row["pxname"]]
+	for i, column := range counterColumns {
+		now[i] = number(column)
+		delta[i] = now[i] - min(was[i], now[i])
+	}
+	st.last[row["pxname"]] = now
 	for class := range 6 {
 		sum.Requests[class] += delta[class]
 	}
