@@ -62,7 +62,10 @@ answers their names in DNS. What is wanted is written to etcd; each node follows
 		SilenceErrors: true, SilenceUsage: true,
 		Version: version,
 		Args:    noCommand,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+
+		SuggestionsMinimumDistance: 2,
+
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetVersionTemplate("flotilla {{.Version}}\n")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {

@@ -121,14 +121,14 @@ func (w *world) report(name string, applied int64) {
 	w.put(NodesPrefix+name, string(raw))
 }
 
-func wantCode(t *testing.T, err error, code Code, text string) *Error {
+func wantCode(t *testing.T, err error, code Code, text string) Error {
 	t.Helper()
 	var e *Error
 	if !errors.As(err, &e) || e.Code != code || !strings.Contains(e.Message, text) {
 		t.Errorf("error %+v, want %s with %q", err, code, text)
-		return &Error{}
+		return Error{}
 	}
-	return e
+	return *e
 }
 
 func TestServiceLifeCycle(t *testing.T) {

@@ -33,7 +33,9 @@ func restored(s *saved) *catalog.Snapshot {
 	return catalog.NewBuilder(catalog.Policy{}).Restore(s.revision, s.keys)
 }
 
-func newLastGood(dir string) *lastGood { return &lastGood{dir: dir, log: slog.New(slog.DiscardHandler)} }
+func newLastGood(dir string) *lastGood {
+	return &lastGood{dir: dir, log: slog.New(slog.DiscardHandler)}
+}
 
 func mustSave(t *testing.T, l *lastGood, s *catalog.Snapshot) {
 	t.Helper()

@@ -141,7 +141,8 @@ func Load(given *Config, changed func(option string) bool, environ []string) (Co
 	return c, nil
 }
 
-// variables returns the FLOTILLA_ variables of environ by option.
+// variables returns the FLOTILLA_ variables of environ by option. An empty one
+// is as good as none.
 func variables(environ []string) (map[string]string, error) {
 	known := map[string]string{}
 	for _, o := range new(Config).Options() {
@@ -159,7 +160,9 @@ func variables(environ []string) (map[string]string, error) {
 			found = append(found, fmt.Errorf("environment: %s is not a setting of this program%s", name, didYouMean(name, known)))
 			continue
 		}
-		vars[option] = value
+		if value != "" {
+			vars[option] = value
+		}
 	}
 	return vars, errors.Join(found...)
 }

@@ -80,7 +80,6 @@ func (c *Config) arguments(only ...string) string {
 func (c *Config) storeUnit(self string) Unit {
 	return Unit{"flotilla-store.service", `[Unit]
 Description=Flotilla store (etcd)
-Documentation=man:etcd(1)
 Wants=network-online.target
 After=network-online.target
 StartLimitIntervalSec=0
