@@ -103,8 +103,9 @@ func (r *Reflector) set(change func(*Status)) {
 	change(&r.status)
 }
 
-// answerLimit is how long a watch may take to say how far it is.
-const answerLimit = time.Second
+// answerLimit is how long a watch may take to say how far it is. It is asked
+// again each askAgain: a member drops the question while the watch catches up.
+const answerLimit, askAgain = time.Second, 200 * time.Millisecond
 
 var (
 	errRelist = errors.New("the watch cannot go on from where it was")
@@ -277,6 +278,18 @@ func (s *session) follow(ctx context.Context) error {
 	defer tick.Stop()
 	var waiting *fresh  // a read that the watch has not passed yet
 	var asked time.Time // since when the watch owes an answer; zero if it does not
+	again := time.NewTimer(0)
+	defer again.Stop()
+	ask := func() error {
+		again.Reset(askAgain)
+		pctx, stop := context.WithTimeout(wctx, readLimit)
+		defer stop()
+		if err := s.c.etcd.RequestProgress(pctx); err != nil {
+			s.misses++
+			return fmt.Errorf("watch %s: %w", s.prefix, err)
+		}
+		return nil
+	}
 
 	lists := make(chan listed, 1)
 	check := time.NewTimer(time.Until(s.nextCheck))
@@ -321,22 +334,30 @@ func (s *session) follow(ctx context.Context) error {
 			if err := s.check(f.head, f.floor); err != nil {
 				return err
 			}
+			if f.revision <= s.known.revision { // nothing was written since: no answer is owed
+				s.confirm(f.began)
+				continue
+			}
 			if !asked.IsZero() && time.Since(asked) > answerLimit {
 				s.misses++
 				return errStuck
-			}
-			pctx, stop := context.WithTimeout(wctx, readLimit)
-			err := s.c.etcd.RequestProgress(pctx)
-			stop()
-			if err != nil {
-				s.misses++
-				return fmt.Errorf("watch %s: %w", s.prefix, err)
 			}
 			if asked.IsZero() {
 				asked = f.began
 			}
 			if waiting == nil {
 				waiting = &f
+			}
+			if err := ask(); err != nil {
+				return err
+			}
+
+		case <-again.C:
+			if asked.IsZero() {
+				continue
+			}
+			if err := ask(); err != nil {
+				return err
 			}
 
 		case <-check.C:

@@ -154,6 +154,41 @@ func TestReflectorFollows(t *testing.T) {
 	}
 }
 
+// A watch from before the newest revision is not in step yet when it is asked
+// first, and one from after it says nothing at all: neither is stuck.
+func TestReflectorProvesAQuietPrefix(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	etcd := raw(t, endpoint)
+	put(t, etcd, "/a/1", "one")
+	const period = 1500 * time.Millisecond // with jitter always longer than a watch may take to answer
+	for name, elsewhere := range map[string]bool{"nothing is written": false, "other keys are written": true} {
+		t.Run(name, func(t *testing.T) {
+			r := store.NewReflector(open(t, endpoint), "/a/", "/fresh", logger(t))
+			r.SetPeriods(period, time.Hour, time.Hour)
+			var rev int64
+			start(t, func(ctx context.Context) error {
+				return r.Run(ctx, func(store.Update) int {
+					if elsewhere { // after the list, before the watch
+						resp, err := etcd.Put(t.Context(), "/b/1", "other")
+						if err != nil {
+							t.Error(err)
+							return 0
+						}
+						rev = resp.Header.Revision
+					}
+					return 0
+				})
+			})
+			begin := time.Now()
+			storetest.Wait(t, 30*time.Second, "two proofs", func() bool { return r.Status().Confirmed.After(begin.Add(2 * period)) })
+			if s := r.Status(); !s.Live || s.Revision < rev || s.Lists != 1 || s.Restarts != 0 {
+				t.Errorf("status %+v", s)
+			}
+		})
+	}
+}
+
 func TestReflectorKeepsStateWhileTheStoreIsAway(t *testing.T) {
 	t.Parallel()
 	endpoint := storetest.Start(t)
