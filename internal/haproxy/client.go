@@ -117,7 +117,7 @@ func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []
 	answers, err := in.read(len(commands))
 	if err != nil {
 		_ = conn.Close() // ends the writer
-		_ = <-sent
+		<-sent
 		return answers, err
 	}
 	return answers, <-sent
