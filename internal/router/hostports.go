@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -49,7 +50,14 @@ func (p *hostPorts) prepare(ctx context.Context, cfg Config, client *haproxy.Cli
 	if cfg.HostPorts == "listeners" {
 		return nil
 	}
-	err := p.nft(ctx, p.table(nil))
+	if !p.address.Is4() {
+		if cfg.HostPorts == "nftables" {
+			return fmt.Errorf("host ports: HAProxy cannot tell which port an IPv6 client asked for (address %s): use --host-ports=listeners", p.address)
+		}
+		return nil
+	}
+	// Only checked: the ports that were open before we came stay open.
+	_, err := p.nft(ctx, p.table(nil), "--check", "--file", "-")
 	p.nftables = err == nil
 	switch {
 	case err != nil && cfg.HostPorts == "nftables":
@@ -141,11 +149,11 @@ func (r *Router) mayOpen(svc *catalog.Service) bool {
 
 // tryBind reports why nobody could listen on the address now, if so.
 func tryBind(addr netip.AddrPort) error {
-	family := unix.AF_INET
-	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
-	if addr.Addr().Is6() {
-		family = unix.AF_INET6
-		sa = &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
+	family := unix.AF_INET6
+	var sa unix.Sockaddr = &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
+	if addr.Addr().Is4() {
+		family = unix.AF_INET
+		sa = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -184,9 +192,8 @@ func (p *hostPorts) follow(ctx context.Context, steps []Step) error {
 	if script.Len() == 0 {
 		return nil
 	}
-	if err := p.nft(ctx, script.String()); err != nil {
-		// The set may have been changed by hand: replace all of it.
-		return p.nft(ctx, p.table(p.open))
+	if _, err := p.nft(ctx, script.String(), "--file", "-"); err != nil {
+		return p.replaceTable(ctx) // it may have been changed by hand
 	}
 	return nil
 }
@@ -205,7 +212,7 @@ func (p *hostPorts) resync(ctx context.Context, have *state) error {
 			p.open[set+" "+e.Key] = true
 		}
 	}
-	return p.nft(ctx, p.table(p.open))
+	return p.replaceTable(ctx)
 }
 
 func (p *hostPorts) readListeners(ctx context.Context) error {
@@ -225,17 +232,9 @@ func (p *hostPorts) readListeners(ctx context.Context) error {
 	return nil
 }
 
-func (p *hostPorts) family() string {
-	if p.address.Is6() {
-		return "ip6"
-	}
-	return "ip"
-}
-
 // name is the table's: each node on a machine has its own.
 func (p *hostPorts) name() string {
-	clean := strings.NewReplacer(".", "_", ":", "_").Replace(p.address.String())
-	return p.family() + " flotilla_" + clean
+	return "ip flotilla_" + strings.ReplaceAll(p.address.String(), ".", "_")
 }
 
 // table returns the script that replaces the whole table in one transaction.
@@ -247,8 +246,8 @@ func (p *hostPorts) table(open map[string]bool) string {
 		fmt.Fprintf(&b, "add set %s %s { type inet_service; }\n", name, set)
 		for _, hook := range []string{"prerouting", "output"} {
 			fmt.Fprintf(&b, "add chain %s %s { type nat hook %s priority -100; }\n", name, hook, hook)
-			fmt.Fprintf(&b, "add rule %s %s %s daddr %s tcp dport @%s dnat to %s\n",
-				name, hook, p.family(), p.address, set, netip.AddrPortFrom(p.address, uint16(p.redirect+i)))
+			fmt.Fprintf(&b, "add rule %s %s ip daddr %s tcp dport @%s dnat to %s\n",
+				name, hook, p.address, set, netip.AddrPortFrom(p.address, uint16(p.redirect+i)))
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(open)) {
@@ -258,15 +257,40 @@ func (p *hostPorts) table(open map[string]bool) string {
 	return b.String()
 }
 
-// nft runs a script as one transaction.
-func (p *hostPorts) nft(ctx context.Context, script string) error {
-	cmd := exec.CommandContext(ctx, "nft", "-f", "-")
+// replaceTable makes the kernel's table what it shall be. Connections that are
+// redirected stay so.
+func (p *hostPorts) replaceTable(ctx context.Context) error {
+	_, err := p.nft(ctx, p.table(p.open), "--file", "-")
+	return err
+}
+
+// nft runs the nft program with a script, as one transaction, and returns its
+// output.
+func (p *hostPorts) nft(ctx context.Context, script string, argv ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "nft", argv...)
 	cmd.Stdin = strings.NewReader(script)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("nft: %w: %.200s", err, strings.TrimSpace(string(out)))
+		return "", fmt.Errorf("nft: %w: %.200s", err, strings.TrimSpace(string(out)))
 	}
-	return nil
+	return string(out), nil
+}
+
+var nftSet = regexp.MustCompile(`set (\w+) \{\s*type inet_service\s*(?:elements = \{([^}]*)\})?`)
+
+// intact reports whether the kernel redirects what it shall.
+func (p *hostPorts) intact(ctx context.Context) bool {
+	text, err := p.nft(ctx, "", append([]string{"--numeric", "list", "table"}, strings.Fields(p.name())...)...)
+	if err != nil || strings.Count(text, " dnat to ") != 2*len(portSets) {
+		return false
+	}
+	found := map[string]bool{}
+	for _, m := range nftSet.FindAllStringSubmatch(text, -1) {
+		for port := range strings.FieldsFuncSeq(m[2], func(c rune) bool { return c < '0' || c > '9' }) {
+			found[m[1]+" "+port] = true
+		}
+	}
+	return maps.Equal(found, p.open)
 }
 
 // remove takes the redirects away when HAProxy stops for good.
@@ -276,7 +300,7 @@ func (p *hostPorts) remove() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	if err := p.nft(ctx, "delete table "+p.name()+"\n"); err != nil {
+	if _, err := p.nft(ctx, "delete table "+p.name()+"\n", "--file", "-"); err != nil {
 		p.log.Warn("host ports stay redirected", "err", err)
 	}
 }
@@ -308,9 +332,9 @@ func (r *Router) checkPorts(ctx context.Context, now time.Time) error {
 	if err := r.reconcile(ctx, r.done, slices.Compact(names)); err != nil {
 		return err
 	}
-	if p.nftables && p.nft(ctx, "list table "+p.name()+"\n") != nil {
-		p.log.Warn("host ports are redirected anew", "reason", "the nftables table was removed")
-		return p.nft(ctx, p.table(p.open))
+	if p.nftables && !p.intact(ctx) {
+		p.log.Warn("host ports are redirected anew", "reason", "the nftables table was changed by somebody else")
+		return p.replaceTable(ctx)
 	}
 	return nil
 }

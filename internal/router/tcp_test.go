@@ -240,6 +240,7 @@ func TestPortOfAnotherProgram(t *testing.T) {
 		if err := l.Close(); err != nil {
 			t.Fatal(err)
 		}
+		b.hurryPorts()
 		eventually(t, func() string {
 			if got := b.tcpAnswer(7001); got != "a1" {
 				return "the port was freed, but answers " + got
@@ -308,4 +309,14 @@ func TestPassthroughByServerName(t *testing.T) {
 			t.Errorf("a silent client: %v", err)
 		}
 	})
+}
+
+// hurryPorts lets the next tick look for ports that were taken, freed or closed.
+func (b *bed) hurryPorts() {
+	done := make(chan bool)
+	b.router.requests <- func() {
+		b.router.ports.next = time.Time{}
+		close(done)
+	}
+	<-done
 }
