@@ -187,12 +187,12 @@ func TestLastGoodPace(t *testing.T) {
 			feed.Publish(services(3, revision+1))
 			time.Sleep(100 * time.Millisecond) // of the test's own clock
 		}
-		if l.sequence < 4 || l.sequence > 6 {
-			t.Errorf("%d files written in 10 s", l.sequence)
-		}
 		stop()
 		if err := <-ended; err != nil {
 			t.Error(err)
+		}
+		if l.sequence < 5 || l.sequence > 7 {
+			t.Errorf("%d files written in 10 s and at the stop", l.sequence)
 		}
 	})
 	if s := newLastGood(dir).load(); s == nil || s.revision != 100 {

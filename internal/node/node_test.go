@@ -377,3 +377,37 @@ func TestKillAndAdopt(t *testing.T) {
 	}
 	waitRouted(t, cfg, "web", "web")
 }
+
+// Most endpoints vanish at once: they stay routed until somebody confirms it.
+func TestMassDisappearance(t *testing.T) {
+	endpoint := storetest.Start(t)
+	cfg := testConfig(t, endpoint)
+	web := backend(t, "web")
+	var puts, deletes []store.Op
+	for i := range 12 {
+		key := fmt.Sprintf("/services/s%02d/", i)
+		puts = append(puts, store.Put(key+"scheme", "http"), store.Put(key+"hosts/1", web))
+		deletes = append(deletes, store.DeletePrefix(key))
+	}
+	c := open(t, endpoint)
+	apply(t, c, puts...)
+	startNode(t, cfg)
+	waitRouted(t, cfg, "s03", "web")
+	waitFresh(t, cfg)
+	apply(t, c, deletes...)
+	node := api.Dial(cfg.Socket)
+	storetest.Wait(t, 10*time.Second, "the hold", func() bool {
+		st, err := node.Status(t.Context())
+		return err == nil && st.Held != nil && st.Held.Removed == 12
+	})
+	if code, text := get(cfg, "s03"); code != 200 {
+		t.Errorf("a held endpoint answers %d %q", code, text)
+	}
+	if _, err := node.Confirm(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	storetest.Wait(t, 20*time.Second, "the services to go", func() bool { code, _ := get(cfg, "s03"); return code == 404 })
+	if st, err := node.Status(t.Context()); err != nil || st.Held != nil || st.Services != 0 {
+		t.Errorf("status %+v, error %v", st, err)
+	}
+}
