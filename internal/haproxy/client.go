@@ -109,10 +109,11 @@ func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []
 		}
 	}
 	// Long batches would block both sides if nobody read the answers meanwhile.
-	sent := make(chan error, 1)
+	var sendErr error
+	sent := make(chan struct{})
 	go func() {
-		_, err := io.WriteString(conn, strings.Join(commands, "\n")+"\n")
-		sent <- err
+		defer close(sent)
+		_, sendErr = io.WriteString(conn, strings.Join(commands, "\n")+"\n")
 	}()
 	answers, err := in.read(len(commands))
 	if err != nil {
@@ -120,7 +121,8 @@ func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []
 		<-sent
 		return answers, err
 	}
-	return answers, <-sent
+	<-sent
+	return answers, sendErr
 }
 
 // Payload sends one command with a multi-line payload, such as a certificate.
