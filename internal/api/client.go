@@ -31,7 +31,7 @@ type Client struct {
 // Dial returns a client for socket. It does not connect.
 func Dial(socket string) *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
+		return new(net.Dialer).DialContext(ctx, "unix", socketAddress(socket))
 	}
 	return &Client{socket, &http.Client{Transport: &http.Transport{DialContext: dial}}}
 }

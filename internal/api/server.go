@@ -11,12 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -48,7 +48,7 @@ type Config struct {
 	Ports   Ports
 
 	Socket    string // unix socket of the API: for its owner and group
-	OpsSocket string // unix socket of health checks and metrics: for everybody
+	OpsSocket string // "@name": abstract unix socket of health checks and metrics, for everybody
 
 	Policy     catalog.Policy
 	Feed       *catalog.Feed
@@ -84,12 +84,13 @@ func New(cfg Config) *Server {
 //
 // Errors: a socket cannot be opened, or another node serves on it.
 func (s *Server) Run(ctx context.Context) error {
-	api, err := listen(s.Socket, 0o660)
+	api, err := listen(s.Socket)
 	if err != nil {
 		return err
 	}
-	ops, err := listen(s.OpsSocket, 0o666)
+	ops, err := net.Listen("unix", socketAddress(s.OpsSocket))
 	if err != nil {
+		err = fmt.Errorf("open socket %s: %w", s.OpsSocket, err)
 		return errors.Join(err, api.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
@@ -126,8 +127,19 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	return nil
 }
 
-// listen opens a unix socket. One that a dead process left behind is replaced.
-func listen(path string, mode fs.FileMode) (net.Listener, error) {
+// socketAddress returns what the net package takes for the socket of that name. An
+// abstract one ("@name") needs no directory that HAProxy's user can enter, and is
+// padded with zeros as HAProxy pads it.
+func socketAddress(name string) string {
+	const size = 108 // of sun_path
+	if strings.HasPrefix(name, "@") && len(name) < size {
+		name += strings.Repeat("\x00", size-len(name))
+	}
+	return name
+}
+
+// listen opens the socket of the API, for its owner and group. One that a dead process left behind is replaced.
+func listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
 		return nil, fmt.Errorf("open socket %s: %w", path, err)
 	}
@@ -144,7 +156,7 @@ func listen(path string, mode fs.FileMode) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open socket %s: %w", path, err)
 	}
-	if err := os.Chmod(path, mode); err != nil {
+	if err := os.Chmod(path, 0o660); err != nil {
 		return nil, errors.Join(fmt.Errorf("open socket %s: %w", path, err), l.Close())
 	}
 	return l, nil

@@ -69,7 +69,7 @@ func newWorld(t *testing.T) *world {
 		state: StoreState{Live: true, Source: SourceLive, Confirmed: time.Now()}}
 	w.Server = New(Config{
 		Node: "n1", Version: "test", Address: "10.0.0.11", Domain: "local", Started: time.Now(), Ports: Ports{HTTP: 80, HTTPS: 8443},
-		Socket: filepath.Join(dir, "run", "node.sock"), OpsSocket: filepath.Join(dir, "ops.sock"),
+		Socket: filepath.Join(dir, "run", "node.sock"), OpsSocket: "@flotilla-test" + dir,
 		Feed: catalog.NewFeed(), Store: client, Router: w.router, DNS: func() dns.Stats { return dns.Stats{Local: 5} },
 		StoreState: func() StoreState { return w.state }, Problems: func() int { return len(w.problems()) },
 		Log: slog.New(slog.DiscardHandler),
@@ -84,7 +84,7 @@ func newWorld(t *testing.T) *world {
 		}
 	})
 	w.client = Dial(w.Socket)
-	storetest.Wait(t, 10*time.Second, "the sockets", func() bool { _, err := os.Stat(w.OpsSocket); return err == nil })
+	storetest.Wait(t, 10*time.Second, "the sockets", func() bool { _, _, err := Dial(w.OpsSocket).Ops(t.Context(), "/healthz"); return err == nil })
 	w.follow()
 	return w
 }
@@ -363,12 +363,12 @@ func TestOps(t *testing.T) {
 
 func TestSockets(t *testing.T) {
 	w := newWorld(t)
-	for path, mode := range map[string]os.FileMode{w.Socket: 0o660, w.OpsSocket: 0o666, filepath.Dir(w.Socket): 0o750} {
+	for path, mode := range map[string]os.FileMode{w.Socket: 0o660, filepath.Dir(w.Socket): 0o750} {
 		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != mode {
 			t.Errorf("%s: mode %v, want %v, error %v", path, info.Mode().Perm(), mode, err)
 		}
 	}
-	if _, err := listen(w.Socket, 0o660); err == nil || !strings.Contains(err.Error(), "another node serves on it") {
+	if _, err := listen(w.Socket); err == nil || !strings.Contains(err.Error(), "another node serves on it") {
 		t.Errorf("a socket in use: error %v", err)
 	}
 	old := filepath.Join(filepath.Dir(w.Socket), "old.sock")
@@ -382,7 +382,7 @@ func TestSockets(t *testing.T) {
 	}
 	_, err = Dial(old).Status(t.Context())
 	wantCode(t, err, CodeNoNode, "no node answers on "+old)
-	fresh, err := listen(old, 0o660)
+	fresh, err := listen(old)
 	if err != nil {
 		t.Fatalf("a socket that was left behind: %v", err)
 	}

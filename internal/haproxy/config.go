@@ -146,7 +146,7 @@ type Config struct {
 	TCPPorts     []int // where the frontend of TCP host_ports listens
 	HTTPPorts    []int // where the frontend of HTTP host_ports listens
 	Dir          string
-	OpsSocket    string // "": none
+	OpsSocket    string // "@name" of an abstract unix socket; "": none
 	User, Group  string // "": as started
 	MaxConn      int
 	Trusted      bool // <Dir>/trusted.lst lists proxies whose X-Forwarded headers are kept

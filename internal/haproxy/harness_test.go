@@ -74,7 +74,7 @@ func start(t *testing.T, binary string, v Version) running {
 		Generation: 7<<32 | 5, Node: "n1", HTTPPort: 8080, HTTPSPort: 8443, BalancerPort: 9180, SNIPort: 8444,
 		Address:  netip.AddrFrom4([4]byte{127, 60 + byte(v.Major), byte(v.Minor), byte(os.Getpid()%250 + 2)}),
 		TCPPorts: []int{9181}, HTTPPorts: []int{9182, 9183}, Dir: t.TempDir(), MaxConn: 100,
-		OpsSocket: "/run/flotilla-test.sock", Trusted: true, AcceptProxy: true, AccessLog: "stdout format raw",
+		OpsSocket: "@flotilla-test", Trusted: true, AcceptProxy: true, AccessLog: "stdout format raw",
 	}
 	files := map[string]string{
 		"pages/404.html": "none", "pages/404.json": "{}", "pages/503": "503",

@@ -122,11 +122,11 @@ func (n *node) open() error {
 
 func (n *node) openComponents() (err error) {
 	cfg := n.cfg
-	ops := filepath.Join(cfg.Data, "ops.sock")
 	addr, err := netip.ParseAddr(cfg.Address)
 	if err != nil {
 		return err
 	}
+	ops := fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)
 	if n.router, err = router.New(cfg.router(addr, ops), n.feed, n.log); err != nil {
 		return err
 	}

@@ -123,7 +123,7 @@ func startNode(t *testing.T, cfg Config) (stop func() error) {
 
 // page reads a path of the operations socket.
 func page(cfg Config, path string) (string, bool) {
-	text, ok, err := api.Dial(filepath.Join(cfg.Data, "ops.sock")).Ops(context.Background(), path)
+	text, ok, err := api.Dial(fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)).Ops(context.Background(), path)
 	return text, ok && err == nil
 }
 

@@ -33,7 +33,7 @@ type Config struct {
 	SNIPort        int        // TLS passthrough by server name; 0: none
 	Dir            string     // HAProxy's configuration, maps, sockets and certificates
 	Certs          string     // directory of certificates, "" for none
-	OpsSocket      string     // unix socket that serves /healthz, /readyz, /freshz and /metrics
+	OpsSocket      string     // "@name": abstract unix socket that serves /healthz, /readyz, /freshz and /metrics
 	Binary         string     // HAProxy; default: found in PATH
 	Supervise      bool       // start and restart HAProxy ourselves; false under systemd
 	TrustedProxies []netip.Prefix

@@ -299,6 +299,9 @@ func (s *session) follow(ctx context.Context) error {
 
 	for {
 		select {
+		case <-ctx.Done():
+			return ctx.Err()
+
 		case b := <-batches:
 			asked = time.Time{}
 			if len(b.events) > 0 {
