@@ -73,6 +73,7 @@ type bed struct {
 	revision int64
 	stop     context.CancelCauseFunc
 	stopped  chan struct{}
+	tune     func(*Router) // called before Run
 }
 
 func testConfig(t *testing.T, binary string) Config {
@@ -83,10 +84,15 @@ func testConfig(t *testing.T, binary string) Config {
 	}
 }
 
-func newBed(t *testing.T, cfg Config) *bed {
+func newBed(t *testing.T, cfg Config, tune ...func(*Router)) *bed {
 	t.Helper()
 	b := &bed{
 		t: t, cfg: cfg, feed: catalog.NewFeed(),
+		tune: func(r *Router) {
+			for _, f := range tune {
+				f(r)
+			}
+		},
 		builder: catalog.NewBuilder(catalog.Policy{Loopback: true}),
 	}
 	b.start()
@@ -100,6 +106,7 @@ func (b *bed) start() {
 	if err != nil {
 		b.t.Fatal(err)
 	}
+	b.tune(r)
 	b.router = r
 	ctx, stop := context.WithCancelCause(context.Background())
 	b.stop, b.stopped = stop, make(chan struct{})

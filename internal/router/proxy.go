@@ -210,16 +210,17 @@ func (r *Router) readBack(ctx context.Context, backends []string, entries []entr
 // learn takes over the answers to readCommands.
 func (r *Router) learn(backends []string, entries []entry, answers []haproxy.Answer) error {
 	for i, b := range backends {
-		servers, err := haproxy.ParseServers(answers[i].Text)
-		if err != nil {
-			return err
-		}
 		if _, ok := r.have.backends[b]; !ok {
 			continue
 		}
-		if answers[i].Severity <= 3 || strings.Contains(answers[i].Text, "Can't find backend") {
+		if answers[i].Err() != nil || strings.Contains(answers[i].Text, "Can't find backend") {
 			delete(r.have.backends, b)
+			r.disk.forget(b)
 			continue
+		}
+		servers, err := haproxy.ParseServers(answers[i].Text)
+		if err != nil {
+			return err
 		}
 		r.have.backends[b] = byName(servers[b])
 		r.disk.touchBackend(b)

@@ -22,6 +22,7 @@ type slots struct {
 	retiring []retired // no route leads to them any more, requests may still be on their way
 	resting  []retired // parked; to be used again when it is certain that nothing is left in them
 	declared map[haproxy.Class]int
+	sweeper  sweeper
 }
 
 type retired struct {
@@ -81,7 +82,10 @@ func (s *slots) total() int {
 // reset learns the slots from what HAProxy runs: its backends, and which of them
 // routes lead to.
 func (s *slots) reset(have *state, runtime bool, now time.Time) {
-	*s = slots{runtime: runtime, used: map[string]string{}, fresh: map[haproxy.Class][]string{}, declared: map[haproxy.Class]int{}}
+	*s = slots{
+		runtime: runtime, used: map[string]string{}, fresh: map[haproxy.Class][]string{}, declared: map[haproxy.Class]int{},
+		sweeper: sweeper{after: s.sweeper.after},
+	}
 	taken := map[string]bool{}
 	for service, routes := range have.owned {
 		for _, value := range routes {
@@ -166,8 +170,9 @@ func ripe(list *[]retired, now time.Time, d time.Duration) []string {
 	return names
 }
 
-// retire parks the servers of backends that are no longer routed to, and makes
-// those that have rested free again, or removes them where HAProxy can.
+// retire parks the servers of backends that are no longer routed to, makes those
+// that have rested free again, or removes them where HAProxy can, and deletes
+// servers that have been parked for long.
 func (r *Router) retire(ctx context.Context, now time.Time) error {
 	var steps []Step
 	for _, backend := range ripe(&r.slots.retiring, now, retireAfter) {
@@ -188,7 +193,7 @@ func (r *Router) retire(ctx context.Context, now time.Time) error {
 			r.slots.resting = append(r.slots.resting, retired{backend, now})
 		}
 	}
-	return nil
+	return r.sweep(ctx, now)
 }
 
 // reclaim makes a rested backend free if nothing is left in it: a request that is
