@@ -108,6 +108,7 @@ func TestCertificates(t *testing.T) {
 		}
 		served := func(serverName string, chain []byte) {
 			t.Helper()
+			b.hurryChecks()
 			eventually(t, func() string {
 				if !same(chain, b.shownCert(serverName)) {
 					return "the certificate of " + serverName + " is not served"
@@ -128,6 +129,7 @@ func TestCertificates(t *testing.T) {
 		// Both halves of a pair, the certificate before its key, and a wildcard.
 		bChain, bKey := certFor(t, 0, "b.example", "*.wild.example")
 		write("b.crt", bChain)
+		b.hurryChecks()
 		eventually(t, func() string {
 			if problem("b.crt") == "" {
 				return "no problem is reported for a certificate without a key"
@@ -148,6 +150,7 @@ func TestCertificates(t *testing.T) {
 
 		write("a.pem", []byte("garbage"))
 		write("b.key", aKey)
+		b.hurryChecks()
 		eventually(t, func() string {
 			if problem("a.pem") == "" || problem("b.crt") == "" {
 				return "no problem is reported for broken files"
@@ -172,6 +175,7 @@ func TestCertificates(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		b.hurryChecks()
 		eventually(t, func() string {
 			if !isDefault("b.example") {
 				return "a removed certificate is still served"

@@ -206,7 +206,7 @@ func testNftables(t *testing.T, binary string, address netip.Addr, other string)
 	}
 	// Meanwhile somebody removes the table, and a port from the set.
 	run(t, append([]string{"nft", "delete", "table"}, strings.Fields(table)...)...)
-	b.hurryPorts()
+	b.hurryChecks()
 	eventually(t, func() string {
 		if got := fmt.Sprint(b.tcpAnswer(7001), " ", b.answerOr(7003), " ", b.tcpAnswer(7004)); got != "a1 web c1" {
 			return "after the table was removed and a port was freed: " + got
@@ -215,7 +215,7 @@ func testNftables(t *testing.T, binary string, address netip.Addr, other string)
 	})
 	alive("the table was removed and came back")
 	run(t, append(append([]string{"nft", "delete", "element"}, strings.Fields(table)...), "tcp_ports", "{ 7001 }")...)
-	b.hurryPorts()
+	b.hurryChecks()
 	eventually(t, func() string {
 		if got := b.tcpAnswer(7001); got != "a1" {
 			return "after a port was removed from the set: " + got

@@ -40,7 +40,7 @@ func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) {
 	for _, sum := range st.sums {
 		sum.Active, sum.Queued, sum.ResponseMillis, sum.TotalMillis = 0, 0, 0, 0
 	}
-	for _, row := range haproxy.ParseStats(answers[1].Text) {
+	for _, row := range haproxy.ParseStats(r.ownedRows(answers[1].Text)) {
 		if owner, ok := r.owners.Load(row["pxname"]); ok {
 			st.add(row, owner.(string))
 		}
@@ -51,6 +51,18 @@ func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) {
 	}
 	slices.SortFunc(all, func(a, b ServiceStats) int { return cmp.Compare(a.Service, b.Service) })
 	return all, nil
+}
+
+// ownedRows leaves out the backends that are free, often most of them.
+func (r *Router) ownedRows(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		backend, _, _ := strings.Cut(line, ",")
+		if _, ok := r.owners.Load(backend); ok || line[0] == '#' {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
 }
 
 // meet forgets the counters of the worker before the one that info is from. The

@@ -140,7 +140,7 @@ func TestStatistics(t *testing.T) {
 		for range 4 {
 			readers.Go(func() {
 				var last uint64
-				for range 50 {
+				for range 20 {
 					is := b.counted("web").Requests[2]
 					if is < last {
 						t.Errorf("the counter went from %d to %d", last, is)

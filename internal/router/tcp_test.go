@@ -240,7 +240,7 @@ func TestPortOfAnotherProgram(t *testing.T) {
 		if err := l.Close(); err != nil {
 			t.Fatal(err)
 		}
-		b.hurryPorts()
+		b.hurryChecks()
 		eventually(t, func() string {
 			if got := b.tcpAnswer(7001); got != "a1" {
 				return "the port was freed, but answers " + got
@@ -311,11 +311,11 @@ func TestPassthroughByServerName(t *testing.T) {
 	})
 }
 
-// hurryPorts lets the next tick look for ports that were taken, freed or closed.
-func (b *bed) hurryPorts() {
+// hurryChecks lets the next tick look for changed ports and certificates.
+func (b *bed) hurryChecks() {
 	done := make(chan bool)
 	b.router.requests <- func() {
-		b.router.ports.next = time.Time{}
+		b.router.ports.next, b.router.certs.next = time.Time{}, time.Time{}
 		close(done)
 	}
 	<-done
