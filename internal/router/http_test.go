@@ -706,3 +706,46 @@ func TestRetries(t *testing.T) {
 		}
 	})
 }
+
+// TestIdleConnectionsOutliveReload sends a request on a connection that was idle
+// during a reload: it must not be closed under the client.
+func TestIdleConnectionsOutliveReload(t *testing.T) {
+	t.Parallel()
+	eachHAProxy(t, func(t *testing.T, binary string) {
+		t.Parallel()
+		b := newBed(t, testConfig(t, binary))
+		b.put("web/scheme http-and-https", "web/hosts/1 "+endpoint(t, "web"))
+		b.wait()
+		conns := map[string]net.Conn{"plain": b.dial(8080), "TLS": b.dialTLS("web.example", "http/1.1")}
+		ask := func(name string) (status int, last bool) {
+			t.Helper()
+			if err := conns[name].SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(conns[name], "POST / HTTP/1.1\r\nHost: web.example\r\nContent-Length: 0\r\n\r\n"); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			resp, err := http.ReadResponse(bufio.NewReader(conns[name]), nil)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			readAll(resp)
+			return resp.StatusCode, resp.Close
+		}
+		for name := range conns {
+			if status, last := ask(name); status != 200 || last {
+				t.Errorf("%s: %d, closes %t", name, status, last)
+			}
+		}
+		b.put("raw/scheme tcp", "raw/host_port 7001", "raw/hosts/1 "+tcpEndpoint(t, "raw"))
+		b.wait()
+		if s := b.router.Status(); s.Reloads != 1 {
+			t.Fatalf("%d reloads", s.Reloads)
+		}
+		for name := range conns {
+			if status, last := ask(name); status != 200 || !last {
+				t.Errorf("%s after the reload: %d, closes %t", name, status, last)
+			}
+		}
+	})
+}
