@@ -97,6 +97,9 @@ func examine(ctx context.Context, cfg node.Config) []finding {
 	} else {
 		findings = append(findings, ok("settings", "node %s on %s, data in %s", p.cfg.Name, p.cfg.Address, p.cfg.Data))
 	}
+	if err := p.cfg.CheckPrivileges(); err != nil {
+		findings = append(findings, bad("settings", "", "%v", err))
+	}
 	if st, err := api.Dial(p.cfg.Socket).Status(ctx); err == nil {
 		p.running = &st
 	}

@@ -35,6 +35,9 @@ the environment, then the file.`,
 			if cmd.Flags().Changed("print-units") {
 				return printUnits(cmd.OutOrStdout(), units, &cfg)
 			}
+			if err := cfg.CheckPrivileges(); err != nil {
+				return usage(err.Error(), cmd.CommandPath()+" --help")
+			}
 			return node.Run(cmd.Context(), cfg, version, newLogger(cmd.ErrOrStderr(), &cfg))
 		},
 	}

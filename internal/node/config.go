@@ -195,7 +195,6 @@ func (c *Config) Validate() error {
 	c.checkPorts(wrong)
 	c.checkLists(wrong)
 	c.checkWords(wrong)
-	found = append(found, c.checkPrivileges()...)
 	if len(found) == 0 && c.RunsStore() {
 		if err := c.StoreConfig().Validate(); err != nil {
 			found = append(found, err)
@@ -428,9 +427,10 @@ func onlyAddress() (string, error) {
 	return "", fmt.Errorf("--address is not given and this machine has several addresses (%s); give the one that other nodes reach it by", strings.Join(found, ", "))
 }
 
-// checkPrivileges returns one mistake when ports below 1024 are asked for by a
-// user that may not open them, with the flags that help.
-func (c *Config) checkPrivileges() []error {
+// CheckPrivileges reports ports below 1024 that this process may not open, with
+// the flags that help. It is not part of Validate: not every command that reads
+// the configuration opens the node's ports.
+func (c *Config) CheckPrivileges() error {
 	first := firstFreePort()
 	if first <= 1 {
 		return nil
@@ -445,8 +445,8 @@ func (c *Config) checkPrivileges() []error {
 	if len(low) == 0 {
 		return nil
 	}
-	return []error{fmt.Errorf("only root may open ports below %d, and this node would open %s; run it as root, or give %s",
-		first, strings.Join(low, ", "), strings.Join(remedy, " "))}
+	return fmt.Errorf("only root may open ports below %d, and this node would open %s; run it as root, or give %s",
+		first, strings.Join(low, ", "), strings.Join(remedy, " "))
 }
 
 // firstFreePort returns the first port that this process may open.
