@@ -35,7 +35,8 @@ bench: deps build ## one folder of bench/ per claim
 demo: ## three nodes on this machine; DEMO=once tells the story and exits
 	@scripts/install-deps.sh demo
 	@$(MAKE) --no-print-directory build
-	go run ./demo
+	@go build -o bin/demo ./demo
+	@bin/demo
 
 deps:
 	@scripts/install-deps.sh test

@@ -11,7 +11,7 @@ demo='
 haproxy   haproxy          the router
 etcdctl   etcd-client      to register services by hand
 curl      curl             HTTP through the router
-nc        netcat-openbsd   TCP through the router
+nc.openbsd netcat-openbsd  TCP through the router
 dig       bind9-dnsutils   DNS questions
 '
 test='

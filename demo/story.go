@@ -1,0 +1,450 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+)
+
+// story is what the demo tells.
+type story struct {
+	*teller
+	place    *place
+	binary   string
+	ports    ports
+	nodes    []*node
+	backends map[string]*process
+	httpAt   func(n int) string // address of the n-th HTTP backend
+	tcpAt    func(n int) string
+	load     load
+}
+
+// How long each phase goes on once what it waits for has happened.
+const phaseLength = 2 * time.Second
+
+// tell tells all of it. While it does so, nodes are watched and clients send
+// requests; both have ended when it returns.
+func (s *story) tell(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer cancel()
+	if err := s.startNodes(ctx); err != nil {
+		return err
+	}
+	for _, n := range s.nodes {
+		running.Go(func() { n.watch(ctx) })
+	}
+	for _, chapter := range []func(context.Context) error{s.register, s.lookThrough} {
+		if err := chapter(ctx); err != nil {
+			return err
+		}
+	}
+	for _, n := range s.nodes {
+		if err := s.untilIn(ctx, n); err != nil {
+			return err
+		}
+	}
+	s.step("A steady load through all nodes")
+	s.say("  %d clients send about %d requests a second: http over kept connections,", len(kinds)*clientsPerKind, perSecond())
+	s.say("  http with a connection for each request, and tcp. They play the load balancer too: a node")
+	s.say("  whose check on port %d fails (asked every %s) gets no further requests.", s.ports.balancer, took(checkEvery))
+	s.say("  Nothing is retried.")
+	steady := s.load.enter("nothing happens")
+	running.Go(func() { s.load.run(ctx) })
+	if err := s.count(ctx, steady); err != nil {
+		return err
+	}
+	for _, chapter := range []func(context.Context) error{s.backendDies, s.routerDies, s.nodeDies, s.nodeReturns} {
+		if err := chapter(ctx); err != nil {
+			return err
+		}
+	}
+	cancel()
+	running.Wait()
+	s.sums()
+	return nil
+}
+
+func (s *story) startNodes(ctx context.Context) (err error) {
+	s.step("Three nodes on this machine")
+	s.say("  Each has a store (etcd), a router (HAProxy) and a DNS server of its own.")
+	var why []string
+	if s.ports, why, err = choosePorts(s.place.addrs[:3]); err != nil {
+		return err
+	}
+	s.say("  ports    http %d, https %d, DNS %d, balancer's check %d, store %d", s.ports.http, s.ports.https, s.ports.dns, s.ports.balancer, s.ports.client)
+	if len(why) > 0 {
+		s.say("           because %s", strings.Join(why, ", "))
+	}
+	s.say("  data     %s/n1, n2, n3", s.place.dir)
+	s.say("  logs     %s/*.log", s.place.dir)
+	for i := range 3 {
+		s.nodes = append(s.nodes, newNode(s.binary, i, s.place, s.ports))
+	}
+	s.load.nodes = s.nodes
+	for i, n := range s.nodes {
+		s.command(strings.Join(n.argv, " "))
+		if err := n.start(); err != nil {
+			return err
+		}
+		if i == 0 { // the others join it
+			if err := n.ready(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	for _, n := range s.nodes {
+		if err := n.ready(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.nodes[0].cluster(ctx, 3, 3); err != nil {
+		return err
+	}
+	_, err = s.run(ctx, s.flotilla(s.nodes[0], "nodes list"))
+	return err
+}
+
+// flotilla returns a command line that asks a node.
+func (s *story) flotilla(n *node, args string) string {
+	return s.binary + " --socket " + n.socket() + " " + args
+}
+
+// etcdctl returns a command line that speaks to the node's store.
+func (s *story) etcdctl(n *node, args string) string {
+	return "etcdctl --endpoints http://" + n.at(s.ports.client) + " " + args
+}
+
+// plainEtcdctl makes plain etcdctl the same for everybody: without the user's
+// own settings, and with version 3 of the API where that is not the usual one.
+func (s *story) plainEtcdctl() error {
+	for _, kv := range os.Environ() {
+		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "ETCDCTL_") {
+			if err := os.Unsetenv(name); err != nil {
+				return err
+			}
+		}
+	}
+	out, err := exec.Command("etcdctl", "version").CombinedOutput()
+	if err == nil && strings.Contains(string(out), "API version: 3") {
+		return nil
+	}
+	s.command("export ETCDCTL_API=3")
+	return os.Setenv("ETCDCTL_API", "3")
+}
+
+func (s *story) register(ctx context.Context) error {
+	s.step("Two services, written with plain etcdctl")
+	var pool []int // a port for each backend
+	for port := 9001; len(pool) < 5; port++ {
+		if bindable(s.place.addrs[3:], port, 1) == nil {
+			pool = append(pool, port)
+		}
+		if port > 60000 {
+			return errors.New("no ports for the sample backends")
+		}
+	}
+	at := func(i int) string { return fmt.Sprintf("%s:%d", s.place.addrs[3], pool[i]) }
+	s.httpAt = func(n int) string { return at(n - 1) }
+	s.tcpAt = func(n int) string { return at(n + 2) }
+	s.backends = map[string]*process{}
+	for n := range 2 {
+		if err := errors.Join(s.startBackend("http", "web", n+1), s.startBackend("tcp", "echo", n+1)); err != nil {
+			return err
+		}
+	}
+	s.say("  Sample backends run on %s, %s (http) and %s, %s (tcp).", s.httpAt(1), s.httpAt(2), s.tcpAt(1), s.tcpAt(2))
+	if err := s.plainEtcdctl(); err != nil {
+		return err
+	}
+	for _, put := range []string{
+		"/services/web/scheme http", "/services/web/hosts/1 " + s.httpAt(1), "/services/web/hosts/2 " + s.httpAt(2),
+		"/services/echo/scheme tcp", "/services/echo/hosts/1 " + s.tcpAt(1), "/services/echo/hosts/2 " + s.tcpAt(2),
+		fmt.Sprintf("/services/echo/host_port %d", s.ports.echo),
+	} {
+		if _, err := s.run(ctx, s.etcdctl(s.nodes[0], "put "+put)); err != nil {
+			return err
+		}
+	}
+	began := time.Now()
+	for _, n := range s.nodes {
+		for _, k := range kinds {
+			if err := s.untilAnswer(ctx, n, k, ""); err != nil {
+				return err
+			}
+		}
+	}
+	s.say("  Both were routed on all three nodes %s after the last put had returned.", took(time.Since(began)))
+	return nil
+}
+
+func (s *story) startBackend(scheme, service string, n int) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	addr := s.httpAt(n)
+	if scheme == "tcp" {
+		addr = s.tcpAt(n)
+	}
+	name := fmt.Sprintf("%s-%d", service, n)
+	s.backends[name], err = start(s.place.dir, name, backendArgs(self, scheme, name, addr, s.place.dir)...)
+	return err
+}
+
+// untilAnswer waits until a request of this kind to the node has a good answer,
+// one from the backend of that name unless it is empty.
+func (s *story) untilAnswer(ctx context.Context, n *node, k kind, backend string) error {
+	return until(ctx, 20*time.Second, n.name+" to route "+k.name, func() error {
+		c := &conn{node: n}
+		port, request := k.request(n)
+		err := c.exchange(k, port, request)
+		c.close()
+		if err == nil && !strings.HasPrefix(c.answer, backend) {
+			return fmt.Errorf("%q answers", c.answer)
+		}
+		return err
+	})
+}
+
+func (s *story) lookThrough(ctx context.Context) error {
+	s.step("The same through every node: by host, by path, by port and in DNS")
+	for _, n := range s.nodes {
+		dig := fmt.Sprintf("dig +short @%s web.local", n.addr)
+		if s.ports.dns != 53 {
+			dig = fmt.Sprintf("dig +short -p %d @%s web.local", s.ports.dns, n.addr)
+		}
+		for _, line := range []string{
+			"curl -sS -H 'Host: web.example.com' " + n.url("/"),
+			"curl -sS " + n.url("/web"),
+			fmt.Sprintf("echo hello | nc -N %s %d", n.addr, s.ports.echo),
+			dig,
+		} {
+			out, err := s.run(ctx, line)
+			if err != nil {
+				return err
+			}
+			if want := s.expected(line, n); !strings.Contains(out, want) {
+				return fmt.Errorf("%s: answered %q, not %q", line, out, want)
+			}
+		}
+	}
+	return nil
+}
+
+// expected returns what the answer to one of the commands above contains.
+func (s *story) expected(line string, n *node) string {
+	switch {
+	case strings.HasPrefix(line, "curl"):
+		return " answers GET /"
+	case strings.HasPrefix(line, "dig"):
+		return n.addr
+	}
+	return " echoes hello"
+}
+
+func (s *story) backendDies(ctx context.Context) error {
+	s.step("A backend dies")
+	p := s.load.enter("a backend is killed")
+	victim := s.backends["web-1"].pid
+	s.command(killLine([]int{victim}) + "   # web-1")
+	if err := kill(s.place.dir, victim); err != nil {
+		return err
+	}
+	s.say("  Its key is still in etcd. The routers repeat what it left unanswered on web-2.")
+	return s.count(ctx, p)
+}
+
+func (s *story) routerDies(ctx context.Context) error {
+	s.step("A router dies")
+	n := s.nodes[1]
+	p := s.load.enter("a router is killed")
+	victims := n.router()
+	if len(victims) == 0 {
+		return fmt.Errorf("the router of %s is not there to be killed", n.name)
+	}
+	s.command(killLine(victims) + "   # HAProxy of " + n.name + ", master and worker")
+	began := time.Now()
+	if err := n.balance.kills(func() error { return kill(s.place.dir, victims...) }); err != nil {
+		return err
+	}
+	if err := s.untilAnswer(ctx, n, kinds[0], ""); err != nil {
+		return err
+	}
+	s.say("  %s started another one, which answered with all services %s after the kill.", n.name, took(time.Since(began)))
+	if err := s.untilIn(ctx, n); err != nil {
+		return err
+	}
+	return s.count(ctx, p)
+}
+
+func (s *story) nodeDies(ctx context.Context) error {
+	s.step("A whole node dies: the one that the others joined")
+	n, other := s.nodes[0], s.nodes[1]
+	p := s.load.enter("a node is killed")
+	victims := n.everything()
+	if len(victims) != 3 {
+		return fmt.Errorf("%d processes of %s run, not 3", len(victims), n.name)
+	}
+	s.command(killLine(victims) + "   # " + n.name + ": node, HAProxy, store")
+	began := time.Now()
+	if err := n.balance.kills(func() error { return kill(s.place.dir, victims...) }); err != nil {
+		return err
+	}
+	if err := other.cluster(ctx, 2, 2); err != nil {
+		return err
+	}
+	s.say("  The other two members of the store have a leader %s after the kill, so the dead", took(time.Since(began)))
+	s.say("  backend can be replaced.")
+	if err := s.startBackend("http", "web", 3); err != nil {
+		return err
+	}
+	for _, args := range []string{"put /services/web/hosts/3 " + s.httpAt(3), "del /services/web/hosts/1"} {
+		if _, err := s.run(ctx, s.etcdctl(other, args)); err != nil {
+			return err
+		}
+	}
+	for _, n := range s.nodes[1:] {
+		if err := s.untilAnswer(ctx, n, kinds[0], "web-3"); err != nil {
+			return err
+		}
+	}
+	if _, err := s.run(ctx, "curl -sS "+other.url("/web")+" "+other.url("/web")); err != nil {
+		return err
+	}
+	return s.count(ctx, p)
+}
+
+func (s *story) nodeReturns(ctx context.Context) error {
+	s.step("The node comes back")
+	n := s.nodes[0]
+	p := s.load.enter("the node comes back")
+	began := time.Now()
+	s.command(strings.Join(n.argv, " "))
+	if err := n.start(); err != nil {
+		return err
+	}
+	if err := s.untilIn(ctx, n); err != nil {
+		return err
+	}
+	s.say("  It routed again after %s.", took(time.Since(began)))
+	if err := s.untilAnswer(ctx, n, kinds[0], "web-3"); err != nil {
+		return err
+	}
+	s.say("  It knew the new backend after %s.", took(time.Since(began)))
+	if err := s.nodes[1].cluster(ctx, 3, 3); err != nil {
+		return err
+	}
+	s.say("  It was a full member of the store again after %s.", took(time.Since(began)))
+	if err := s.count(ctx, p); err != nil {
+		return err
+	}
+	_, err := s.run(ctx, s.flotilla(s.nodes[1], "nodes list"))
+	return err
+}
+
+// untilIn waits until the balancer sends requests to the node.
+func (s *story) untilIn(ctx context.Context, n *node) error {
+	return until(ctx, 30*time.Second, n.name+" to be in the balancer", func() error {
+		select {
+		case <-n.process.ended:
+			return errors.New("it has ended")
+		default:
+		}
+		if in, _ := n.balance.now(); !in {
+			return errors.New("its check fails")
+		}
+		return nil
+	})
+}
+
+// count lets the phase go on for a while and says what came of it.
+func (s *story) count(ctx context.Context, p *phase) error {
+	select {
+	case <-time.After(phaseLength):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	s.say("  %s", s.verdict(p))
+	for _, why := range p.reasons() {
+		s.say("  %s", s.paint(red, why))
+	}
+	return nil
+}
+
+// verdict says in one line what became of the requests of a phase so far.
+func (s *story) verdict(p *phase) string {
+	line := fmt.Sprintf("%d requests, %d answered", p.sent(), p.count[answered].Load())
+	if c, r := p.count[cut].Load(), p.count[refused].Load(); c+r > 0 {
+		line += fmt.Sprintf(", %d cut off, %d refused", c, r)
+	}
+	n := p.count[lost].Load()
+	colour := green
+	if n > 0 {
+		colour = red
+	}
+	return line + ", " + s.paint(colour, fmt.Sprintf("%d lost", n)) + "."
+}
+
+// sums shows the table of all phases.
+func (s *story) sums() {
+	s.step("The sums")
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
+	row := func(cells ...any) { _, _ = fmt.Fprintf(w, strings.Repeat("%v\t", len(cells))+"\n", cells...) }
+	row("while", "requests", "answered", "cut off", "refused", "lost", "slowest")
+	var total [outcomes]int64
+	var sent int64
+	for _, p := range s.load.phases {
+		for o := range total {
+			total[o] += p.count[o].Load()
+		}
+		sent += p.sent()
+		row(p.name, p.sent(), p.count[answered].Load(), p.count[cut].Load(), p.count[refused].Load(), p.count[lost].Load(), took(time.Duration(p.slowest.Load())))
+	}
+	row("together", sent, total[answered], total[cut], total[refused], total[lost], "")
+	_ = w.Flush() // to memory
+	for line := range strings.Lines(b.String()) {
+		s.say("  %s", strings.TrimRight(line, "\n"))
+	}
+	s.say("  cut off  was under way at the router, or the node, that was killed")
+	s.say("  refused  was sent there before the next check (each %s) took it out of the balancer", took(checkEvery))
+	s.say("  lost     every other failure, of any kind: has to be 0")
+	if total[lost] == 0 {
+		s.say("  %s", s.paint(green, "No request was lost, beyond those at the killed router and node themselves."))
+		return
+	}
+	s.say("  %s", s.paint(red, fmt.Sprintf("%d requests were lost.", total[lost])))
+	for _, p := range s.load.phases {
+		for _, why := range p.reasons() {
+			s.say("  %s: %s", p.name, why)
+		}
+	}
+}
+
+// tryNext shows what can be played with.
+func (s *story) tryNext() {
+	n := s.nodes[0]
+	s.step("Yours to play with, until Ctrl-C")
+	for _, line := range []string{
+		"export FLOTILLA_SOCKET=" + n.socket(),
+		s.binary + " status",
+		s.binary + " services explain web",
+		s.binary + " services set web --drain 2 --wait",
+		s.etcdctl(n, "put /services/web/domains/1 shop.example.org"),
+		"curl -i -H 'Host: shop.example.org' " + s.nodes[1].url("/"),
+		"curl -i " + s.nodes[2].url("/nobody"),
+		fmt.Sprintf("curl -s http://%s/metrics", n.at(s.ports.balancer)),
+		fmt.Sprintf("dig -p %d @%s SRV _web._tcp.local", s.ports.dns, n.addr),
+		"tail -f " + n.log(),
+	} {
+		s.command(line)
+	}
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"golang.org/x/term"
+)
+
+// teller writes the story for people: headings, commands as they could be
+// pasted, and what they answered. Colour is for terminals only.
+type teller struct {
+	out    *os.File
+	colour bool
+	began  time.Time
+	steps  int
+}
+
+func newTeller(out *os.File) *teller {
+	return &teller{out: out, began: time.Now(), colour: term.IsTerminal(int(out.Fd())) && os.Getenv("NO_COLOR") == ""}
+}
+
+const (
+	bold  = "1"
+	faint = "2"
+	red   = "31"
+	green = "32"
+	cyan  = "36"
+)
+
+func (t *teller) paint(code, text string) string {
+	if !t.colour {
+		return text
+	}
+	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+func (t *teller) say(format string, args ...any) {
+	_, _ = fmt.Fprintf(t.out, format+"\n", args...) // nobody is left to tell
+}
+
+// step begins the next chapter.
+func (t *teller) step(title string) {
+	t.steps++
+	t.say("\n%s %s", t.paint(bold, fmt.Sprintf("%d. %s", t.steps, title)),
+		t.paint(faint, fmt.Sprintf("(%.1f s)", time.Since(t.began).Seconds())))
+}
+
+// command shows a command line without running it.
+func (t *teller) command(line string) { t.say("  %s %s", t.paint(faint, "$"), t.paint(cyan, line)) }
+
+// run shows a shell command, runs it and shows what it wrote. The command must
+// end with exit code 0 within 20 s.
+func (t *teller) run(ctx context.Context, line string) (string, error) {
+	t.command(line)
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", line)
+	cmd.WaitDelay = time.Second
+	raw, err := cmd.CombinedOutput()
+	out := strings.TrimRight(string(raw), "\n")
+	for l := range strings.Lines(out) {
+		t.say("    %s", strings.TrimRight(l, "\n"))
+	}
+	if err != nil {
+		return out, fmt.Errorf("%s: %w", line, err)
+	}
+	return out, nil
+}
+
+// took says a duration the way people do.
+func took(d time.Duration) string {
+	if d < time.Second {
+		return fmt.Sprintf("%.0f ms", float64(d)/float64(time.Millisecond))
+	}
+	return fmt.Sprintf("%.1f s", d.Seconds())
+}
