@@ -11,7 +11,7 @@
 # apt itself fetches, with lists and state of its own inside .cache, so
 # signatures and checksums are verified and proxies work as on the whole machine.
 #
-# FLOTILLA_DEBIAN_MIRROR overrides the mirror of the machine's apt sources.
+# DEBIAN_MIRROR overrides the mirror of the machine's apt sources.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -25,7 +25,7 @@ mirror() {
 	local found
 	found=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
 		awk '$1 == "Debian" && $2 == "Debian" { print $3; exit }') || true
-	echo "${FLOTILLA_DEBIAN_MIRROR:-${found:-http://deb.debian.org/debian}}"
+	echo "${DEBIAN_MIRROR:-${found:-http://deb.debian.org/debian}}"
 }
 
 # apt DIR TOOL ARGS... runs an apt tool whose whole world is DIR: no package

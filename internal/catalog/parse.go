@@ -329,6 +329,14 @@ func (p *parser) fitScheme() {
 	case s.Scheme == TCP:
 		o := &s.Options
 		var misfits []string
+		if o.TimeoutServer != 0 || o.TimeoutTunnel != 0 {
+			misfits = append(misfits, "timeout_server and timeout_tunnel")
+			o.TimeoutServer, o.TimeoutTunnel = 0, 0
+		}
+		if o.NoRetries {
+			misfits = append(misfits, "retries")
+			o.NoRetries = false
+		}
 		for _, f := range []struct {
 			name string
 			set  *bool

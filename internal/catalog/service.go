@@ -50,7 +50,7 @@ type Endpoint struct {
 	Name   string         // the <n> of hosts/<n>, quoted if it is not printable ASCII
 	Addr   netip.AddrPort // never unspecified, multicast or link-local; port 1 to 65535
 	Weight int            // 0 to 256, share of the traffic relative to the others; 100 unless set
-	Drain  bool           // takes no new connections or requests; running ones finish
+	Drain  bool           // takes no new clients; those bound to it by a cookie stay, running requests finish
 	Zone   string         // free text, "" unless set
 }
 
@@ -71,7 +71,7 @@ type Options struct {
 	Sticky         bool          // keep a client on one endpoint by a cookie (http only)
 	Balance        Balance       // "" is LeastConn
 	TimeoutServer  time.Duration // longest silence of an endpoint; 0 is the router's default
-	TimeoutTunnel  time.Duration // longest silence of a WebSocket or TCP session; 0 is the router's default
+	TimeoutTunnel  time.Duration // longest silence of a WebSocket; 0 is the router's default
 	MaxConnections int           // concurrent connections per endpoint; 0 is no limit
 	NoRetries      bool          // never send a request to a second endpoint
 	H2C            bool          // speak HTTP/2 without TLS to the endpoints (gRPC)

@@ -111,6 +111,7 @@ func run(ctx context.Context, cfg Config) error {
 		if cfg.OnStart != nil {
 			cfg.OnStart(p.pid)
 		}
+		savePid(ctx, p, cfg)
 		select {
 		case <-p.ended:
 		case <-ctx.Done():
@@ -177,14 +178,28 @@ func start(cfg Config) (*process, error) {
 		return nil, err
 	}
 	p.logStart = size
+	// On a full disk the child is worth more than its pid file.
 	if err := writePidFile(cfg.PidFile, p); err != nil {
-		p.kill()
-		<-p.ended
-		p.reap()
-		return nil, err
+		p.unsaved = true
+		cfg.Logger.Error("until this is mended nobody could adopt the child", "pid", p.pid, "err", err)
 	}
 	cfg.Logger.Info("started", "pid", p.pid)
 	return p, nil
+}
+
+// savePid tries to write a pid file that could not be written until it is, or
+// the child or ctx ends.
+func savePid(ctx context.Context, p *process, cfg Config) {
+	for p.unsaved {
+		select {
+		case <-p.ended:
+			return
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+			p.unsaved = writePidFile(cfg.PidFile, p) != nil
+		}
+	}
 }
 
 // stop ends the child, first politely.

@@ -22,6 +22,7 @@ type process struct {
 	started  uint64   // clock ticks since boot; with pid, unique until the next boot
 	pidfd    *os.File // readable when the process has ended
 	logStart int64    // size of the log file when it started; 0 for an adopted one
+	unsaved  bool     // its pid file could not be written yet
 
 	ended    chan struct{} // closed when the process has ended
 	released chan struct{} // closed when the goroutine that watches pidfd has returned

@@ -39,7 +39,7 @@ func (n *node) runStore(ctx context.Context) error {
 	case !errors.Is(err, child.ErrGiveUp) || code == exitUsage:
 		return err
 	case code == ExitRemoved:
-		n.troubles.set("store", "this node's member was removed from the store's cluster; to join again, stop the node and move "+filepath.Join(n.cfg.Data, "store")+" away")
+		n.troubles.set("store", "this node's member was removed from the store's cluster; to join again, stop the node and move "+filepath.Join(n.cfg.Data, "store")+" and store.member beside it away")
 		n.log.Warn("this node's member was removed from the store; going on as a client")
 	default:
 		n.log.Info("the store has enough members; going on as a client", "endpoints", strings.Join(n.client.Endpoints(), ","))

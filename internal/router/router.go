@@ -183,6 +183,10 @@ func (r *Router) masterSocket() string { return filepath.Join(r.cfg.Dir, "master
 // attachEvery is how often a router without HAProxy looks for it.
 const attachEvery = 50 * time.Millisecond
 
+// worthLogging is how long HAProxy may be away, as at every start, before it is
+// worth a line.
+const worthLogging = 2 * time.Second
+
 // loop is the only goroutine that changes HAProxy.
 func (r *Router) loop(ctx context.Context) error {
 	second := time.NewTicker(time.Second)
@@ -190,16 +194,21 @@ func (r *Router) loop(ctx context.Context) error {
 	retry := time.NewTicker(attachEvery)
 	defer retry.Stop()
 	var lastErr string
+	var failing time.Time // since when converging fails
 	for {
 		snapshot, newer := r.feed.Next()
 		err := r.converge(ctx, snapshot)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if text := errorText(err); text != lastErr {
-			if lastErr = text; err != nil {
-				r.log.Warn("router is not converged", "err", err)
-			}
+		switch text := errorText(err); {
+		case err == nil:
+			lastErr, failing = "", time.Time{}
+		case failing.IsZero():
+			failing = time.Now()
+		case text != lastErr && time.Since(failing) > worthLogging:
+			lastErr = text
+			r.log.Warn("router is not converged", "err", err)
 		}
 		r.publish(err)
 		again := retry.C
@@ -416,7 +425,7 @@ func (r *Router) setDraining(draining bool) error {
 		return nil
 	}
 	cmd := fmt.Sprintf("set map %s draining %s", r.mapFile(haproxy.StateMap), yes(draining))
-	answers, err := r.client.DoIf(context.Background(), r.guard(), r.isOurs, cmd)
+	answers, err := r.do(context.Background(), cmd) // an error makes us attach, which sets it again
 	if err != nil {
 		return err
 	}

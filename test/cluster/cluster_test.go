@@ -20,25 +20,22 @@ import (
 	"time"
 
 	"flotilla/internal/api"
+	"flotilla/internal/store/storetest"
 )
 
-var program string // the built flotilla
+// program is the built flotilla; bin/ is not kept in the repository.
+const program = "../../bin/flotilla-test"
 
 func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "flotilla-cluster")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer func() { _ = os.RemoveAll(dir) }()
-		program = filepath.Join(dir, "flotilla")
-		if out, err := exec.Command("go", "build", "-o", program, "flotilla/cmd/flotilla").CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
-			return 1
-		}
-		return m.Run()
-	}())
+	// A member of storetest's cluster is this program, too.
+	if _, member := os.LookupEnv("FLOTILLA_STORETEST_MEMBER"); member {
+		storetest.Main(m)
+	}
+	if out, err := exec.Command("go", "build", "-o", program, "flotilla/cmd/flotilla").CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
+		os.Exit(1)
+	}
+	storetest.Main(m)
 }
 
 const (
@@ -298,36 +295,48 @@ func (l *traffic) end(t *testing.T, spared ...int) {
 	}
 }
 
+// newNode returns a node that is not started yet.
+func newNode(t *testing.T, dir, name, address string, args ...string) *node {
+	n := &node{t: t, name: name, address: address, data: filepath.Join(dir, name)}
+	n.args = append([]string{"node", "--name", name, "--address", n.address, "--data", n.data, "--socket", filepath.Join(n.data, "node.sock"),
+		"--http-port", fmt.Sprint(httpPort), "--https-port", "18443", "--dns-port", "15353", "--dns-upstream", "none",
+		"--balancer-port", fmt.Sprint(balancerPort), "--redirect-port", "19181", "--host-ports", "listeners",
+		"--store-client-port", fmt.Sprint(clientPort), "--store-peer-port", "12380", "--max-connections", "1000"}, args...)
+	t.Cleanup(func() {
+		if n.process == nil {
+			return
+		}
+		_ = n.process.Process.Signal(syscall.SIGCONT)
+		n.signal(syscall.SIGTERM)
+		if t.Failed() {
+			log, _ := os.ReadFile(filepath.Join(dir, n.name+".log"))
+			t.Logf("log of %s:\n%.6000s", n.name, log)
+		}
+	})
+	return n
+}
+
+// startCluster starts three nodes; the last one's data is on a disk of its own
+// of 400 MiB.
 func startCluster(t *testing.T, net int) []*node {
 	t.Helper()
 	dir := t.TempDir()
 	var nodes []*node
 	for i := range 3 {
-		name := fmt.Sprintf("n%d", i+1)
-		n := &node{t: t, name: name, address: fmt.Sprintf("127.0.%d.%d", net, i+1), data: filepath.Join(dir, name)}
-		n.args = []string{"node", "--name", name, "--address", n.address, "--data", n.data, "--socket", filepath.Join(n.data, "node.sock"),
-			"--http-port", fmt.Sprint(httpPort), "--https-port", "18443", "--dns-port", "15353", "--dns-upstream", "none",
-			"--balancer-port", fmt.Sprint(balancerPort), "--redirect-port", "19181", "--host-ports", "listeners",
-			"--store-client-port", fmt.Sprint(clientPort), "--store-peer-port", "12380", "--max-connections", "1000"}
+		var args []string
 		if i > 0 {
-			n.args = append(n.args, "--join", nodes[0].address)
+			args = []string{"--join", nodes[0].address}
 		}
+		if i == 2 {
+			smallDisk(t, filepath.Join(dir, "n3"))
+		}
+		n := newNode(t, dir, fmt.Sprintf("n%d", i+1), fmt.Sprintf("127.0.%d.%d", net, i+1), args...)
 		nodes = append(nodes, n)
 		n.start()
 		if i == 0 {
 			n.until("first", live)
 		}
 	}
-	t.Cleanup(func() {
-		for _, n := range nodes {
-			_ = n.process.Process.Signal(syscall.SIGCONT)
-			n.signal(syscall.SIGTERM)
-			if t.Failed() {
-				log, _ := os.ReadFile(filepath.Join(dir, n.name+".log"))
-				t.Logf("log of %s:\n%.6000s", n.name, log)
-			}
-		}
-	})
 	wait(t, "three voters", func() string {
 		out := etcdctl(t, nodes[:1], "member", "list")
 		if strings.Count(out, "started") == 3 && strings.Count(out, ", false") == 3 {
@@ -339,6 +348,21 @@ func startCluster(t *testing.T, net int) []*node {
 		n.until("live", live)
 	}
 	return nodes
+}
+
+func smallDisk(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=400m"); err != nil {
+		t.Fatalf("mount a small disk: %v: run the tests as root", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
 }
 
 // routed waits until every given node answers for the service as wanted.

@@ -1,13 +1,18 @@
 package cluster
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"flotilla/internal/api"
+	"flotilla/internal/store/storetest"
 )
 
 // TestFaults breaks one thing after another in one cluster. Whatever breaks in
@@ -144,6 +149,37 @@ func TestFaults(t *testing.T) {
 		l.end(t, 0)
 	})
 
+	t.Run("a disk is full", func(t *testing.T) {
+		l := startTraffic(nodes)
+		ballast := filepath.Join(nodes[2].data, "ballast")
+		fill(t, ballast)
+		changes(t, nodes[:2], nodes)
+		// The store writes until it cannot; it must not take the node with it.
+		for range 100 {
+			etcdctl(t, nodes[:1], "put", "/elsewhere", strings.Repeat("x", 100<<10))
+		}
+		changes(t, nodes[:2], nodes)
+		l.end(t)
+		kill(t, nodes[2].pid(haproxyPid), syscall.SIGKILL)
+		wait(t, "HAProxy ends", func() string {
+			if nodes[2].ops("/") != 0 {
+				return "it answers"
+			}
+			return ""
+		})
+		routed(t, nodes, "web", "stable")
+		l = startTraffic(nodes)
+		if err := os.Remove(ballast); err != nil {
+			t.Fatal(err)
+		}
+		wait(t, "the store on the disk is back", func() string {
+			_, err := tryEtcdctl(nodes[2:], "endpoint", "health")
+			return errorText(err)
+		})
+		changes(t, nodes[2:], nodes)
+		l.end(t)
+	})
+
 	t.Run("HAProxy is killed", func(t *testing.T) {
 		l := startTraffic(nodes)
 		began := time.Now()
@@ -158,6 +194,61 @@ func TestFaults(t *testing.T) {
 		changes(t, nodes, nodes)
 		l.end(t, 2)
 	})
+}
+
+// fill takes all room that is left on the disk of path.
+func fill(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	block := make([]byte, 1<<20)
+	for err == nil {
+		_, err = f.Write(block)
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("fill the disk: %v", err)
+	}
+}
+
+// TestExternalEtcd runs a node on an etcd that is not ours, and takes members of
+// it away.
+func TestExternalEtcd(t *testing.T) {
+	c := storetest.StartCluster(t, 3)
+	n := newNode(t, t.TempDir(), "n1", fmt.Sprintf("127.0.%d.9", 60+syscall.Getpid()%150), "--etcd-endpoints", strings.Join(c.Endpoints(), ","))
+	n.start()
+	n.until("live", live)
+	if _, err := os.Stat(filepath.Join(n.data, storePid)); err == nil {
+		t.Error("a store was started beside the external one")
+	}
+	first, second := endpoint(t, "first"), endpoint(t, "second")
+	put := func(key, value string) {
+		t.Helper()
+		wait(t, "put "+key, func() string {
+			cmd := exec.Command("etcdctl", "--endpoints", strings.Join(c.Endpoints(), ","), "--command-timeout", "10s", "put", key, value)
+			cmd.Env = append(os.Environ(), "ETCDCTL_API=3")
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				return string(out)
+			}
+			return ""
+		})
+	}
+	put("/services/web/scheme", "http")
+	put("/services/web/hosts/1", first)
+	routed(t, []*node{n}, "web", "first")
+	leader := c.Leader(t)
+	c.Kill(leader)
+	put("/services/web/hosts/1", second)
+	routed(t, []*node{n}, "web", "second")
+	c.Restart(leader)
+	c.Members[leader].Ready()
+	c.Stop((leader + 1) % 3)
+	put("/services/web/hosts/1", first)
+	routed(t, []*node{n}, "web", "first")
+	c.Cont((leader + 1) % 3)
 }
 
 // leaderOf returns the node whose store leads.
