@@ -59,7 +59,7 @@ func TestParkedServersAreDeleted(t *testing.T) {
 		one := endpoint(t, "one")
 		b.put("web/scheme http", "web/hosts/1 "+one, "gone/scheme http", "gone/hosts/1 "+one)
 		b.wait()
-		deletes := b.router.version.DeletesServers()
+		deletes := versionOf(t, binary).DeletesServers()
 		backend, _ := b.backendOf("web")
 		count := func() (n int) {
 			servers, err := haproxy.ParseServers(b.command(haproxy.ServersState(backend))[0].Text)
@@ -102,7 +102,7 @@ func TestParkedServersAreDeleted(t *testing.T) {
 		}
 		used := slices.ContainsFunc(p.seen(), func(c string) bool { return strings.HasPrefix(c, "del server ") })
 		if used != deletes {
-			t.Errorf("%s: del server used: %v, want %v", b.router.version.Full, used, deletes)
+			t.Errorf("%s: del server used: %v, want %v", versionOf(t, binary).Full, used, deletes)
 		}
 	})
 }
@@ -175,8 +175,8 @@ func TestDeadEndpointsDoNotCrash(t *testing.T) {
 				deletes++
 			}
 		}
-		if can := b.router.version.DeletesServers(); can != (deletes > 0) {
-			t.Errorf("%d times del server on %s", deletes, b.router.version.Full)
+		if can := versionOf(t, binary).DeletesServers(); can != (deletes > 0) {
+			t.Errorf("%d times del server on %s", deletes, versionOf(t, binary).Full)
 		}
 	})
 }
@@ -264,23 +264,7 @@ func TestBackendsChangeHandsSafely(t *testing.T) {
 				ask(name)
 			}
 			// As if half a minute had gone by, but for what HAProxy has in them.
-			aged := make(chan error, 1)
-			b.router.requests <- func() {
-				s := &b.router.slots
-				for range 2 {
-					for _, list := range []*[]retired{&s.retiring, &s.resting} {
-						for i := range *list {
-							(*list)[i].since = time.Time{}
-						}
-					}
-					if err := b.router.retire(t.Context(), time.Now()); err != nil {
-						aged <- err
-						return
-					}
-				}
-				aged <- nil
-			}
-			if err := <-aged; err != nil {
+			if err := b.hurryRetire(2); err != nil {
 				t.Error(err)
 			}
 			close(release)
@@ -299,7 +283,7 @@ func TestBackendsChangeHandsSafely(t *testing.T) {
 		if l.failed.Load() > 0 {
 			t.Errorf("%d of %d requests went wrong; the first: %s", l.failed.Load(), l.sent.Load(), l.first)
 		}
-		if again == 0 && !b.router.version.MakesBackends() {
+		if again == 0 && !versionOf(t, binary).MakesBackends() {
 			t.Error("no backend was used again")
 		}
 	})

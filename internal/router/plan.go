@@ -20,7 +20,7 @@ type Action string
 // traffic is made ready before a route leads to it, and keeps serving until no
 // route does.
 const (
-	MakeBackend Action = "make-backend" // only where HAProxy can at run time
+	MakeBackend Action = "make-backend" // or publish it; only where HAProxy can at run time
 	AddServer   Action = "add-server"   // a new server, parked
 	MoveServer  Action = "move-server"  // a parked server gets another address
 	SetWeight   Action = "set-weight"
@@ -74,7 +74,9 @@ func newState() *state {
 func (s *state) apply(step Step) {
 	switch step.Do {
 	case MakeBackend:
-		s.backends[step.Backend] = map[string]haproxy.Server{}
+		if s.backends[step.Backend] == nil {
+			s.backends[step.Backend] = map[string]haproxy.Server{}
+		}
 	case AddServer, MoveServer, SetWeight, SetState, ParkServer:
 		s.backends[step.Backend][step.Server.Name] = step.Server
 	case SetRoute:

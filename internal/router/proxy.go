@@ -164,7 +164,11 @@ func (r *Router) commands(s Step) []string {
 	switch s.Do {
 	case MakeBackend:
 		class, _ := haproxy.ClassOf(s.Backend)
-		return []string{"add backend " + s.Backend + " from " + class.Defaults(), "publish backend " + s.Backend}
+		publish := "publish backend " + s.Backend
+		if _, ok := r.have.backends[s.Backend]; ok {
+			return []string{publish}
+		}
+		return []string{"add backend " + s.Backend + " from " + class.Defaults(), publish}
 	case AddServer:
 		return []string{haproxy.AddServer(s.Backend, s.Server)}
 	case MoveServer:

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -383,7 +384,7 @@ func (r *Router) publish(err error) {
 }
 
 func (r *Router) problems() []catalog.Problem {
-	problems := append(r.ports.problems(), r.certs.problems...)
+	problems := slices.Concat([]catalog.Problem{}, r.ports.problems(), r.certs.problems)
 	for name, why := range r.failed {
 		problems = append(problems, catalog.Problem{
 			Key:    catalog.Prefix + name,

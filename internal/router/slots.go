@@ -120,7 +120,7 @@ func (s *slots) reset(have *state, runtime bool, now time.Time) {
 }
 
 // assign returns the service's backend of the class, taking a free one if it has
-// none; isNew says that it must be made first. The backend of another class that
+// none; isNew says that it must be made, or published again, first. The backend of another class that
 // the service had is retired.
 func (s *slots) assign(service string, class haproxy.Class, have *state) (backend string, isNew, ok bool) {
 	old, had := s.used[service]
@@ -131,8 +131,7 @@ func (s *slots) assign(service string, class haproxy.Class, have *state) (backen
 	switch fresh := s.fresh[class]; {
 	case s.runtime:
 		backend = class.BackendName(service)
-		_, exists := have.backends[backend]
-		isNew = !exists
+		isNew = true // if it exists it may be unpublished, on its way to be removed
 		gone := func(r retired) bool { return r.backend == backend }
 		s.retiring = slices.DeleteFunc(s.retiring, gone)
 		s.resting = slices.DeleteFunc(s.resting, gone)

@@ -3,9 +3,11 @@ package router
 import (
 	"fmt"
 	"maps"
+	"net/http"
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"flotilla/internal/haproxy"
 )
@@ -103,15 +105,11 @@ func TestUnknownOutcomes(t *testing.T) {
 // A backend that somebody removed by hand is made again.
 func TestRemovedBackendIsMadeAgain(t *testing.T) {
 	binaries := haproxies(t)
-	b := newBed(t, testConfig(t, binaries[len(binaries)-1]))
-	if !b.router.version.MakesBackends() {
-		eventually(t, func() string {
-			if b.router.Status().Version == "" {
-				return "not attached"
-			}
-			return ""
-		})
+	newest := binaries[len(binaries)-1]
+	if v := versionOf(t, newest); !v.MakesBackends() {
+		t.Fatalf("%s is the newest HAProxy here: run test/haproxies.sh", v.Full)
 	}
+	b := newBed(t, testConfig(t, newest))
 	one := endpoint(t, "one")
 	b.put("web/scheme http", "web/hosts/1 "+one, "empty/scheme http")
 	b.wait()
@@ -136,4 +134,98 @@ func TestRemovedBackendIsMadeAgain(t *testing.T) {
 	b.put("empty/hosts/1 " + netip.MustParseAddrPort(one).String())
 	b.wait()
 	b.eventuallyAnswers("empty.x", "one")
+}
+
+// hurryRetire lets what retires and rests go on as if its time had come, n times.
+func (b *bed) hurryRetire(n int) error {
+	result := make(chan error, 1)
+	b.router.requests <- func() {
+		s := &b.router.slots
+		for range n {
+			for _, list := range []*[]retired{&s.retiring, &s.resting} {
+				for i := range *list {
+					(*list)[i].since = time.Time{}
+				}
+			}
+			if err := b.router.retire(b.t.Context(), time.Now()); err != nil {
+				result <- err
+				return
+			}
+		}
+		result <- nil
+	}
+	return <-result
+}
+
+// The connection is cut while the backend of a deleted service is taken away. The
+// service comes back at once, and is served.
+func TestServiceReturnsWhileItIsTakenAway(t *testing.T) {
+	eachHAProxy(t, func(t *testing.T, binary string) {
+		t.Parallel()
+		cfg := testConfig(t, binary)
+		p, tune := newTap(t, cfg)
+		b := newBed(t, cfg, tune)
+		one := endpoint(t, "one")
+		b.put("fixed/scheme http", "fixed/hosts/1 "+one)
+		b.wait()
+		for n := range 6 {
+			for _, effect := range []bool{false, true} {
+				b.put("web/scheme http", "web/hosts/1 "+one)
+				b.wait()
+				b.put("-web/scheme", "-web/hosts/1")
+				b.wait()
+				p.arm(n, effect)
+				if err := b.hurryRetire(2); err == nil != p.armed() {
+					t.Errorf("cut at change %d, effect %v: %v", n, effect, err)
+				}
+				p.arm(-1, false)
+				b.put("web/scheme http", "web/hosts/1 "+one)
+				b.wait()
+				for _, host := range []string{"web.x", "fixed.x"} {
+					if got := b.answer(b.cfg.HTTPPort, host, "/"); got != "one" {
+						t.Errorf("cut at change %d, effect %v: %s: got %s, want one", n, effect, host, got)
+					}
+				}
+			}
+		}
+		if s := b.router.Status(); s.Err != "" || s.Reloads != 0 {
+			t.Errorf("status %+v", s)
+		}
+	})
+}
+
+// Whatever becomes of the command, the balancer's check ends as it was asked for.
+func TestDrainingWithUnknownOutcome(t *testing.T) {
+	cfg := testConfig(t, haproxies(t)[0])
+	p, tune := newTap(t, cfg)
+	b := newBed(t, cfg, tune)
+	b.put("web/scheme http", "web/hosts/1 "+endpoint(t, "one"))
+	b.wait()
+	for _, effect := range []bool{false, true} {
+		for status, draining := range map[int]bool{http.StatusServiceUnavailable: true, http.StatusOK: false} {
+			resyncs := b.router.Status().Resyncs
+			p.arm(0, effect)
+			if err := b.router.SetDraining(draining); err == nil {
+				t.Errorf("draining %v: the cut is no error", draining)
+			}
+			eventually(t, func() string {
+				if got, _, _ := b.get(b.cfg.BalancerPort, "x", "/"); got != status {
+					return fmt.Sprintf("draining %v, effect %v: the check answers %d, want %d", draining, effect, got, status)
+				}
+				if s := b.router.Status(); s.Resyncs == resyncs {
+					return fmt.Sprintf("draining %v, effect %v: not read again: %+v", draining, effect, s)
+				}
+				return ""
+			})
+		}
+	}
+}
+
+func versionOf(t *testing.T, binary string) haproxy.Version {
+	t.Helper()
+	v, err := haproxy.BinaryVersion(t.Context(), binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
 }
