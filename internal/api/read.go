@@ -74,12 +74,13 @@ func (s *Server) explain(ctx context.Context, name string) (*Explanation, error)
 	if svc == nil {
 		return nil, s.noService(snapshot, name)
 	}
-	e := &Explanation{ServiceSummary: summary(svc), Shadowed: svc.Shadowed, Problem: slices.Clone(svc.Problems), Routes: s.routes(svc)}
+	e := &Explanation{ServiceSummary: summary(svc), Shadowed: svc.Shadowed, Problem: slices.Concat([]catalog.Problem{}, svc.Problems), Routes: s.routes(svc)}
 	for _, p := range s.Router.Status().Problems {
 		if strings.HasPrefix(p.Key, catalog.Prefix+name+"/") {
 			e.Problem = append(e.Problem, p)
 		}
 	}
+	e.Serving = []Endpoint{}
 	for _, p := range svc.Endpoints {
 		e.Serving = append(e.Serving, Endpoint{p.Name, p.Addr.String(), p.Weight, p.Drain, p.Zone})
 	}
