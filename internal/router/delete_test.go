@@ -288,3 +288,36 @@ func TestBackendsChangeHandsSafely(t *testing.T) {
 		}
 	})
 }
+
+// Where servers cannot be deleted, a reload drops them when most are parked.
+func TestManyParkedServersAreDroppedByAReload(t *testing.T) {
+	eachHAProxy(t, func(t *testing.T, binary string) {
+		if v, err := haproxy.BinaryVersion(t.Context(), binary); err != nil || v.DeletesServers() {
+			return // it deletes them one by one, see TestParkedServersAreDeleted
+		}
+		dropParked(t, newBed(t, testConfig(t, binary)))
+	})
+}
+
+func dropParked(t *testing.T, b *bed) {
+	keys := []string{"web/scheme http"}
+	for i := range 260 {
+		keys = append(keys, fmt.Sprintf("web/hosts/%d 10.1.%d.%d:80", i, i/250, i%250+1))
+	}
+	b.put(keys...)
+	b.wait()
+	for i := range 5 { // each set of options is a set of servers
+		b.put(fmt.Sprintf(`web/options {"max_connections":%d}`, i+1))
+		b.wait()
+	}
+	eventually(t, func() string {
+		if s := b.router.Status(); s.LastReload != "most servers are parked" {
+			return fmt.Sprintf("no reload: %+v", s)
+		}
+		return ""
+	})
+	b.wait()
+	if answer := b.command(haproxy.ServersState("")); strings.Count(answer[0].Text, "10.1.") != 260 {
+		t.Errorf("%d servers are left, want 260", strings.Count(answer[0].Text, "10.1."))
+	}
+}

@@ -12,8 +12,9 @@ import (
 )
 
 // sweeper deletes servers that have been parked for long, so that those of
-// endpoints that never come back do not pile up. It works only where HAProxy
-// deletes servers safely; elsewhere they wait to be used again.
+// endpoints that never come back do not pile up. Where HAProxy does not delete
+// servers safely they wait to be used again, and a reload drops them when they
+// are the greater part.
 type sweeper struct {
 	after  time.Duration // how long a server is parked before; 0 is parkFor
 	next   time.Time     // of the next look
@@ -27,18 +28,40 @@ const (
 	parkFor = 30 * time.Second
 	// sweepAtOnce bounds one batch.
 	sweepAtOnce = 500
+	// tooManyParked servers cost memory worth a reload where they cannot be deleted.
+	tooManyParked = 1000
 )
+
+// count returns how many servers may take traffic and how many are parked.
+func (s *state) count() (active, parked int) {
+	for _, servers := range s.backends {
+		for _, server := range servers {
+			if server.State == haproxy.Maint {
+				parked++
+			} else {
+				active++
+			}
+		}
+	}
+	return active, parked
+}
 
 // sweep deletes the servers that have been parked for long enough. HAProxy
 // refuses to while a connection or a request has to do with one: it is tried
 // again at the next look.
 func (r *Router) sweep(ctx context.Context, now time.Time) error {
 	sw := &r.slots.sweeper
-	if !r.version.DeletesServers() || now.Before(sw.next) {
+	if now.Before(sw.next) {
 		return nil
 	}
 	after := cmp.Or(sw.after, parkFor)
 	sw.next = now.Add(after / 3)
+	if !r.version.DeletesServers() {
+		if active, parked := r.have.count(); parked > max(active, tooManyParked) {
+			r.reload.ask(now, "most servers are parked")
+		}
+		return nil
+	}
 	gone := sw.look(r.have, now, after)
 	if len(gone) == 0 {
 		return nil
