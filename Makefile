@@ -29,8 +29,9 @@ fuzz: ## every fuzz test for FUZZTIME
 		done; \
 	done
 
-bench: deps build ## one folder of bench/ per claim
-	@set -e; for dir in bench/*/; do echo "$$dir"; go run "./$$dir"; done
+bench: deps build ## every claim of bench/, an hour on two cores; BENCH=-quick for four minutes that show it works
+	@set -e; for claim in propagation size throughput churn; do go run ./bench/$$claim $(BENCH); done
+	$(if $(BENCH),ROUNDS=1 SECONDS_EACH=1) bench/dns/run.sh
 
 demo: ## three nodes on this machine; DEMO=once tells the story and exits
 	@scripts/install-deps.sh demo

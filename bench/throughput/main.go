@@ -58,10 +58,11 @@ frontend origin
     http-request return status 200 content-type text/plain file %[2]s
 `
 
-// staticConfig does what a router of one service has to do, with the timeouts and
-// the handling of connections that the node's HAProxy has. With headers it sets
-// those that the node's HAProxy sets too.
-func staticConfig(port, servers int, headers bool) string {
+// staticConfig sends everything to one backend, with the timeouts and the handling
+// of connections that the node's HAProxy has. Unless it is bare it also does what
+// the node's HAProxy does to every request apart from routing it: it sets the
+// X-Forwarded headers and keeps safe requests for a second attempt.
+func staticConfig(port, servers int, bare bool) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `
 global
@@ -82,15 +83,19 @@ defaults
 frontend http
     bind 127.%d.0.1:%d
 `, staticNet, port)
-	if headers {
+	if !bare {
 		b.WriteString(`    option forwardfor
     http-request del-header x-forwarded- -m beg
     http-request del-header forwarded
     http-request set-header x-forwarded-proto http
     http-request set-header x-forwarded-port %[dst_port]
+    http-request disable-l7-retry unless { method GET HEAD OPTIONS PUT DELETE }
 `)
 	}
 	b.WriteString("    default_backend only\nbackend only\n")
+	if !bare {
+		b.WriteString("    retry-on conn-failure empty-response junk-response 0rtt-rejected\n")
+	}
 	for i := range servers {
 		fmt.Fprintf(&b, "    server s%d %s\n", i, endpoint(i/3, i%3+1))
 	}
@@ -118,7 +123,8 @@ func run(ctx context.Context, b *harness.Bench, length time.Duration, rounds int
 	defer func() { err = errors.Join(err, origin.Stop()) }()
 	b.Printf("setup    wrk, the router and the origin (one more HAProxy, 1 KiB answers, 1 thread) share this machine's cores\n")
 	b.Printf("load     wrk -t1 -c%d -d%s, keep-alive, a random service of those asked in each request; rounds in turn\n", connections, length)
-	b.Printf("static   one backend with as many servers as the asked services have; \"headers\" also sets the X-Forwarded headers that the node's router sets\n")
+	b.Printf("static   one backend with as many servers as the asked services have; X-Forwarded headers and retries as the node's router has them\n")
+	b.Printf("bare     the same without those headers and retries: what the least possible configuration reaches\n")
 	cases := []struct{ services, asked int }{{1, 1}, {10000, 1}, {10000, 100}, {10000, 1000}}
 	if b.Quick {
 		cases = cases[:2]
@@ -179,8 +185,8 @@ func compare(ctx context.Context, b *harness.Bench, node *harness.Node, services
 			return c.HAProxy, err
 		}},
 	}
-	for i, name := range []string{"static", "headers"} {
-		p, err := static(b, name, staticConfig(8001+i, asked*3, name == "headers"))
+	for i, name := range []string{"static", "bare"} {
+		p, err := static(b, name, staticConfig(8001+i, asked*3, name == "bare"))
 		if err != nil {
 			return nil, err
 		}
