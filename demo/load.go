@@ -138,8 +138,14 @@ type phase struct {
 	count   [outcomes]atomic.Int64
 	slowest atomic.Int64 // nanoseconds, of the answered ones
 
-	mu  sync.Mutex     // guards why
-	why map[string]int // how many were lost of each error
+	mu  sync.Mutex      // guards why
+	why map[string]*why // by what it looks like
+}
+
+// why is one reason for which requests were lost.
+type why struct {
+	count int
+	first time.Duration // since the phase began
 }
 
 func (p *phase) sent() int64 {
@@ -155,8 +161,8 @@ func (p *phase) reasons() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var list []string
-	for why, n := range p.why {
-		list = append(list, fmt.Sprintf("%6d  %s", n, why))
+	for text, w := range p.why {
+		list = append(list, fmt.Sprintf("%6d  %s, first %s into it", w.count, text, took(w.first)))
 	}
 	slices.Sort(list)
 	slices.Reverse(list)
@@ -174,7 +180,7 @@ type load struct {
 
 // enter begins a phase: requests count where they end.
 func (l *load) enter(name string) *phase {
-	p := &phase{name: name, began: time.Now(), why: map[string]int{}}
+	p := &phase{name: name, began: time.Now(), why: map[string]*why{}}
 	l.phases = append(l.phases, p)
 	l.phase.Store(p)
 	return p
@@ -191,19 +197,19 @@ func (l *load) lost() int64 {
 // kind is how a client speaks.
 type kind struct {
 	name    string
-	keep    bool // one connection for many requests
+	scheme  string // of the service: http or tcp
+	keep    bool   // one connection for many requests
 	request func(n *node) (port int, request string)
-	http    bool
 }
 
 var kinds = []kind{
-	{"http, kept connections", true, func(n *node) (int, string) {
+	{"http, kept connections", "http", true, func(n *node) (int, string) {
 		return n.ports.http, "GET / HTTP/1.1\r\nHost: web.example.com\r\n\r\n"
-	}, true},
-	{"http, a connection per request", false, func(n *node) (int, string) {
+	}},
+	{"http, a connection per request", "http", false, func(n *node) (int, string) {
 		return n.ports.http, "GET /web HTTP/1.1\r\nHost: " + n.addr + "\r\nConnection: close\r\n\r\n"
-	}, true},
-	{"tcp", false, func(n *node) (int, string) { return n.ports.echo, "ahoy\n" }, false},
+	}},
+	{"tcp", "tcp", false, func(n *node) (int, string) { return n.ports.echo, "ahoy\n" }},
 }
 
 // perSecond is about how many requests the clients send.
@@ -343,7 +349,7 @@ func (c *conn) exchange(k kind, port int, request string) (err error) {
 	if _, err := io.WriteString(c, request); err != nil {
 		return err
 	}
-	if !k.http {
+	if k.scheme == "tcp" {
 		c.answer, err = c.in.ReadString('\n')
 		if err == nil && (!strings.HasPrefix(c.answer, "echo-") || !strings.HasSuffix(c.answer, " echoes ahoy\n")) {
 			return fmt.Errorf("%w: %q", errAnswer, c.answer)
@@ -368,10 +374,13 @@ func (c *conn) exchange(k kind, port int, request string) (err error) {
 }
 
 // note remembers why a request was lost.
-func (p *phase) note(why string) {
+func (p *phase) note(text string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.why[why]++
+	if p.why[text] == nil {
+		p.why[text] = &why{first: time.Since(p.began)}
+	}
+	p.why[text].count++
 }
 
 // classify names the error without the addresses that make each one different.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -52,10 +53,10 @@ func (s *story) tell(ctx context.Context) error {
 		}
 	}
 	s.step("A steady load through all nodes")
-	s.say("  %d clients send about %d requests a second: http over kept connections,", len(kinds)*clientsPerKind, perSecond())
-	s.say("  http with a connection for each request, and tcp. They play the load balancer too: a node")
-	s.say("  whose check on port %d fails (asked every %s) gets no further requests.", s.ports.balancer, took(checkEvery))
-	s.say("  Nothing is retried.")
+	s.say("  %d clients send about %d requests a second: http over kept connections, http", len(kinds)*clientsPerKind, perSecond())
+	s.say("  with a connection for each request, and tcp. They play the load balancer too:")
+	s.say("  a node whose check on port %d fails (asked every %s) gets no further", s.ports.balancer, took(checkEvery))
+	s.say("  requests. Nothing is retried.")
 	steady := s.load.enter("nothing happens")
 	running.Go(func() { s.load.run(ctx) })
 	if err := s.count(ctx, steady); err != nil {
@@ -156,7 +157,7 @@ func (s *story) register(ctx context.Context) error {
 	s.tcpAt = func(n int) string { return at(n + 2) }
 	s.backends = map[string]*process{}
 	for n := range 2 {
-		if err := errors.Join(s.startBackend("http", "web", n+1), s.startBackend("tcp", "echo", n+1)); err != nil {
+		if err := errors.Join(s.startBackend(ctx, "http", "web", n+1), s.startBackend(ctx, "tcp", "echo", n+1)); err != nil {
 			return err
 		}
 	}
@@ -174,18 +175,19 @@ func (s *story) register(ctx context.Context) error {
 		}
 	}
 	began := time.Now()
-	for _, n := range s.nodes {
-		for _, k := range kinds {
+	for _, k := range kinds[1:] {
+		for _, n := range s.nodes {
 			if err := s.untilAnswer(ctx, n, k, ""); err != nil {
 				return err
 			}
 		}
+		s.say("  %s after the last put had returned, all three nodes route the %s service.", took(time.Since(began)), k.scheme)
 	}
-	s.say("  Both were routed on all three nodes %s after the last put had returned.", took(time.Since(began)))
 	return nil
 }
 
-func (s *story) startBackend(scheme, service string, n int) error {
+// startBackend starts a sample backend and returns when it listens.
+func (s *story) startBackend(ctx context.Context, scheme, service string, n int) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -195,14 +197,22 @@ func (s *story) startBackend(scheme, service string, n int) error {
 		addr = s.tcpAt(n)
 	}
 	name := fmt.Sprintf("%s-%d", service, n)
-	s.backends[name], err = start(s.place.dir, name, backendArgs(self, scheme, name, addr, s.place.dir)...)
-	return err
+	if s.backends[name], err = start(s.place.dir, name, backendArgs(self, scheme, name, addr, s.place.dir)...); err != nil {
+		return err
+	}
+	return until(ctx, 10*time.Second, name+" to listen", func() error {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
 }
 
 // untilAnswer waits until a request of this kind to the node has a good answer,
 // one from the backend of that name unless it is empty.
 func (s *story) untilAnswer(ctx context.Context, n *node, k kind, backend string) error {
-	return until(ctx, 20*time.Second, n.name+" to route "+k.name, func() error {
+	return until(ctx, 20*time.Second, n.name+" to route "+k.scheme, func() error {
 		c := &conn{node: n}
 		port, request := k.request(n)
 		err := c.exchange(k, port, request)
@@ -217,37 +227,22 @@ func (s *story) untilAnswer(ctx context.Context, n *node, k kind, backend string
 func (s *story) lookThrough(ctx context.Context) error {
 	s.step("The same through every node: by host, by path, by port and in DNS")
 	for _, n := range s.nodes {
-		dig := fmt.Sprintf("dig +short @%s web.local", n.addr)
-		if s.ports.dns != 53 {
-			dig = fmt.Sprintf("dig +short -p %d @%s web.local", s.ports.dns, n.addr)
-		}
-		for _, line := range []string{
-			"curl -sS -H 'Host: web.example.com' " + n.url("/"),
-			"curl -sS " + n.url("/web"),
-			fmt.Sprintf("echo hello | nc -N %s %d", n.addr, s.ports.echo),
-			dig,
+		for _, look := range []struct{ line, want string }{
+			{"curl -sS -H 'Host: web.example.com' " + n.url("/"), " answers GET / for web.example.com"},
+			{"curl -sS " + n.url("/web"), " answers GET /web for "},
+			{fmt.Sprintf("echo hello | nc -N %s %d", n.addr, s.ports.echo), " echoes hello"},
+			{s.dig(n, "web.local"), n.addr},
 		} {
-			out, err := s.run(ctx, line)
+			out, err := s.run(ctx, look.line)
 			if err != nil {
 				return err
 			}
-			if want := s.expected(line, n); !strings.Contains(out, want) {
-				return fmt.Errorf("%s: answered %q, not %q", line, out, want)
+			if !strings.Contains(out, look.want) {
+				return fmt.Errorf("%s: answered %q, not %q", look.line, out, look.want)
 			}
 		}
 	}
 	return nil
-}
-
-// expected returns what the answer to one of the commands above contains.
-func (s *story) expected(line string, n *node) string {
-	switch {
-	case strings.HasPrefix(line, "curl"):
-		return " answers GET /"
-	case strings.HasPrefix(line, "dig"):
-		return n.addr
-	}
-	return " echoes hello"
 }
 
 func (s *story) backendDies(ctx context.Context) error {
@@ -303,7 +298,7 @@ func (s *story) nodeDies(ctx context.Context) error {
 	}
 	s.say("  The other two members of the store have a leader %s after the kill, so the dead", took(time.Since(began)))
 	s.say("  backend can be replaced.")
-	if err := s.startBackend("http", "web", 3); err != nil {
+	if err := s.startBackend(ctx, "http", "web", 3); err != nil {
 		return err
 	}
 	for _, args := range []string{"put /services/web/hosts/3 " + s.httpAt(3), "del /services/web/hosts/1"} {
@@ -433,18 +428,27 @@ func (s *story) sums() {
 func (s *story) tryNext() {
 	n := s.nodes[0]
 	s.step("Yours to play with, until Ctrl-C")
-	for _, line := range []string{
-		"export FLOTILLA_SOCKET=" + n.socket(),
-		s.binary + " status",
-		s.binary + " services explain web",
-		s.binary + " services set web --drain 2 --wait",
-		s.etcdctl(n, "put /services/web/domains/1 shop.example.org"),
-		"curl -i -H 'Host: shop.example.org' " + s.nodes[1].url("/"),
-		"curl -i " + s.nodes[2].url("/nobody"),
-		fmt.Sprintf("curl -s http://%s/metrics", n.at(s.ports.balancer)),
-		fmt.Sprintf("dig -p %d @%s SRV _web._tcp.local", s.ports.dns, n.addr),
-		"tail -f " + n.log(),
+	for _, try := range [][2]string{
+		{"the web service in a browser", n.url("/web")},
+		{"a name that nobody has", "curl -i " + s.nodes[2].url("/nobody")},
+		{"the endpoints in DNS", s.dig(n, "SRV _web._tcp.local")},
+		{"which node this shell asks", "export FLOTILLA_SOCKET=" + n.socket()},
+		{"how it is doing", s.binary + " status"},
+		{"all about one service", s.binary + " services explain web"},
+		{"take an endpoint out gently", s.binary + " services set web --drain 2 --wait"},
+		{"give the service a domain", s.etcdctl(n, "put /services/web/domains/1 shop.example.org")},
+		{"and use it", "curl -H 'Host: shop.example.org' " + s.nodes[1].url("/")},
+		{"what monitoring would read", fmt.Sprintf("curl -s http://%s/metrics", n.at(s.ports.balancer))},
+		{"what the node says", "tail -f " + n.log()},
 	} {
-		s.command(line)
+		s.say("  %-28s %s", try[0], s.paint(cyan, try[1]))
 	}
+}
+
+// dig returns a command line that asks the node's DNS server.
+func (s *story) dig(n *node, question string) string {
+	if s.ports.dns == 53 {
+		return "dig +short @" + n.addr + " " + question
+	}
+	return fmt.Sprintf("dig +short -p %d @%s %s", s.ports.dns, n.addr, question)
 }
