@@ -413,7 +413,7 @@ func (s *story) sums() {
 	s.say("  refused  was sent there before the next check (each %s) took it out of the balancer", took(checkEvery))
 	s.say("  lost     every other failure, of any kind: has to be 0")
 	if total[lost] == 0 {
-		s.say("  %s", s.paint(green, "No request was lost, beyond those at the killed router and node themselves."))
+		s.say("  %s", s.paint(green, fmt.Sprintf("No request was lost, beyond the %d that were at the killed router and node themselves.", total[cut]+total[refused])))
 		return
 	}
 	s.say("  %s", s.paint(red, fmt.Sprintf("%d requests were lost.", total[lost])))
