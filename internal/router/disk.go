@@ -34,8 +34,9 @@ type disk struct {
 	pid   int // of the worker we are attached to
 	jobs  chan []file
 	lost  atomic.Bool       // a write went wrong: everything must be written again
+	took  atomic.Int64      // ns that the last write took
 	text  map[string][]byte // rendered backends
-	order []string          // names of the rendered backends; nil: to be sorted anew
+	order []string          // names of the rendered backends, sorted; nil: to be made anew
 	dirty map[string]bool   // map names, and configKey
 	next  time.Time         // no write before this
 
@@ -46,9 +47,11 @@ type disk struct {
 
 const configKey = "" // in disk.dirty: the configuration file
 
+// file is a file to be written. Its text is put together by who writes it, from
+// what the loop has handed over: that takes long when there are many services.
 type file struct {
 	path string
-	data []byte
+	text func() []byte
 }
 
 func newDisk(dir string, log *slog.Logger) *disk {
@@ -65,8 +68,8 @@ func (d *disk) exists() bool {
 func (d *disk) touch(mapName string) { d.dirty[mapName] = true }
 
 func (d *disk) touchBackend(name string) {
-	if _, ok := d.text[name]; !ok {
-		d.order = nil
+	if i, found := slices.BinarySearch(d.order, name); !found && d.order != nil {
+		d.order = slices.Insert(d.order, i, name)
 	}
 	d.text[name] = nil
 	d.dirty[configKey] = true
@@ -74,7 +77,9 @@ func (d *disk) touchBackend(name string) {
 
 func (d *disk) forget(name string) {
 	delete(d.text, name)
-	d.order = nil
+	if i, found := slices.BinarySearch(d.order, name); found {
+		d.order = slices.Delete(d.order, i, i+1)
+	}
 	d.dirty[configKey] = true
 }
 
@@ -88,7 +93,7 @@ func (d *disk) touchAll() {
 	}
 }
 
-// run writes the files that the loop has rendered.
+// run writes the files that the loop hands over.
 func (d *disk) run(ctx context.Context) error {
 	var last string
 	for {
@@ -96,10 +101,12 @@ func (d *disk) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case files := <-d.jobs:
+			began := time.Now()
 			err := writeAll(files)
 			if err != nil {
 				d.lost.Store(true)
 			}
+			d.took.Store(int64(time.Since(began)))
 			if text := errorText(err); text != last {
 				if last = text; err != nil {
 					d.log.Error("HAProxy's files are not up to date", "err", err)
@@ -111,7 +118,7 @@ func (d *disk) run(ctx context.Context) error {
 
 func writeAll(files []file) error {
 	for _, f := range files {
-		if err := replaceFile(f.path, f.data); err != nil {
+		if err := replaceFile(f.path, f.text()); err != nil {
 			return err
 		}
 	}
@@ -240,24 +247,19 @@ func (r *Router) render(generation int64) ([]file, error) {
 func (r *Router) renderDirty(generation int64) ([]file, error) {
 	d := r.disk
 	var files []file
-	byMap := map[string]*bytes.Buffer{}
+	lines := map[string][]string{} // key, value, key ...
+	for e, value := range r.have.routes {
+		if d.dirty[e.Map] {
+			lines[e.Map] = append(lines[e.Map], e.Key, value)
+		}
+	}
+	if d.dirty[haproxy.StateMap] {
+		lines[haproxy.StateMap] = []string{"attached", "no", "draining", yes(r.draining)}
+	}
 	for _, m := range haproxy.Maps {
 		if d.dirty[m] {
-			byMap[m] = &bytes.Buffer{}
+			files = append(files, file{r.mapFile(m), func() []byte { return mapText(lines[m]) }})
 		}
-	}
-	if b := byMap[haproxy.StateMap]; b != nil {
-		fmt.Fprintf(b, "attached no\ndraining %s\n", yes(r.draining))
-	}
-	if len(byMap) > 0 {
-		for e, value := range r.have.routes {
-			if b := byMap[e.Map]; b != nil {
-				b.WriteString(e.Key + " " + value + "\n")
-			}
-		}
-	}
-	for m, b := range byMap {
-		files = append(files, file{r.mapFile(m), b.Bytes()})
 	}
 	if d.dirty[configKey] {
 		text, err := r.settings(generation).Render()
@@ -267,6 +269,7 @@ func (r *Router) renderDirty(generation int64) ([]file, error) {
 		if d.order == nil {
 			d.order = slices.Sorted(maps.Keys(r.have.backends))
 		}
+		sections := append(make([][]byte, 0, 1+len(d.order)), text)
 		for _, name := range d.order {
 			section := d.text[name]
 			if section == nil {
@@ -274,12 +277,24 @@ func (r *Router) renderDirty(generation int64) ([]file, error) {
 				section = haproxy.AppendBackend(nil, haproxy.Backend{Name: name, Servers: servers})
 				d.text[name] = section
 			}
-			text = append(text, section...)
+			sections = append(sections, section)
 		}
-		files = append(files, file{d.config(), text})
+		files = append(files, file{d.config(), func() []byte { return bytes.Join(sections, nil) }})
 	}
 	clear(d.dirty)
 	return files, nil
+}
+
+// mapText returns a map file of keys and values in turn.
+func mapText(lines []string) []byte {
+	var b bytes.Buffer
+	for i := 0; i < len(lines); i += 2 {
+		b.WriteString(lines[i])
+		b.WriteByte(' ')
+		b.WriteString(lines[i+1])
+		b.WriteByte('\n')
+	}
+	return b.Bytes()
 }
 
 // writeEvery bounds how old the files may be.
@@ -293,7 +308,6 @@ func (r *Router) writeFiles(now time.Time) {
 	if len(r.disk.dirty) == 0 || !now.IsZero() && now.Before(r.disk.next) || len(r.disk.jobs) > 0 {
 		return
 	}
-	began := time.Now()
 	files, err := r.renderDirty(r.reload.generation)
 	if err != nil {
 		r.log.Error("HAProxy's files are not up to date", "err", err)
@@ -301,5 +315,5 @@ func (r *Router) writeFiles(now time.Time) {
 	}
 	r.disk.jobs <- files
 	// Never more than 2 % of the time, however large the files are.
-	r.disk.next = began.Add(max(writeEvery/2, 50*time.Since(began)))
+	r.disk.next = time.Now().Add(max(writeEvery/2, 50*time.Duration(r.disk.took.Load())))
 }

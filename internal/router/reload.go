@@ -179,7 +179,7 @@ func (r *Router) replaceWorker(ctx context.Context, generation int64) error {
 		return err
 	}
 	candidate := r.disk.config() + ".candidate"
-	if err := os.WriteFile(candidate, config.data, 0o600); err != nil {
+	if err := os.WriteFile(candidate, config.text(), 0o600); err != nil {
 		return fmt.Errorf("write %s: %w", candidate, err)
 	}
 	out, err := exec.CommandContext(ctx, r.cfg.Binary, "-c", "-q", "-f", candidate).CombinedOutput()
