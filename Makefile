@@ -29,7 +29,7 @@ fuzz: ## every fuzz test for FUZZTIME
 		done; \
 	done
 
-bench: deps build ## every claim of bench/, an hour on two cores; BENCH=-quick for four minutes that show it works
+bench: deps build ## every claim of bench/, 40 minutes on two cores; BENCH=-quick for 4 that show that it works
 	@set -e; for claim in propagation size throughput churn; do go run ./bench/$$claim $(BENCH); done
 	$(if $(BENCH),ROUNDS=1 SECONDS_EACH=1) bench/dns/run.sh
 
