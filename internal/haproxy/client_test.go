@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -165,11 +166,34 @@ func TestPayload(t *testing.T) {
 	})
 }
 
+// waitStopped returns when every thread of the process has stopped.
+func waitStopped(t *testing.T, pid int) {
+	t.Helper()
+	stopped := func() bool {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil || len(stats) == 0 {
+			t.Fatalf("process %d: %v", pid, err)
+		}
+		for _, path := range stats {
+			if text, err := os.ReadFile(path); err != nil || !strings.Contains(string(text), ") T ") {
+				return false
+			}
+		}
+		return true
+	}
+	for limit := time.Now().Add(10 * time.Second); !stopped(); time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("process %d does not stop", pid)
+		}
+	}
+}
+
 func TestFrozenProcessIsUnknown(t *testing.T) {
 	eachHAProxy(t, func(t *testing.T, h running) {
 		if err := syscall.Kill(h.pid, syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
+		waitStopped(t, h.pid)
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
 		answers, err := h.Do(ctx, "set server hl.1/s1 weight 1", "show version")

@@ -254,6 +254,10 @@ func isProblem(s *catalog.Snapshot, key string, revision int64) bool {
 			if strings.HasSuffix(p.Key, "/"+catalog.Show(name)) || p.Key == catalog.Prefix+svc.Name {
 				return true
 			}
+			// One problem stands for all keys with the same domain.
+			if strings.HasPrefix(name, "domains/") && p.Value == strings.ToLower(strings.TrimSpace(svc.Keys[at].Value)) {
+				return true
+			}
 		}
 	}
 	return false
