@@ -90,30 +90,33 @@ func checkCommand(cmd string) error {
 
 func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []string) ([]Answer, error) {
 	in := &answerReader{r: conn}
-	if _, err := io.WriteString(conn, "prompt\nset severity-output number\n"); err != nil {
-		return nil, err
-	}
-	if _, err := in.read(2); err != nil {
-		return nil, err
-	}
+	first := []string{"prompt", "set severity-output number"}
 	if guard != "" {
-		if _, err := io.WriteString(conn, guard+"\n"); err != nil {
-			return nil, err
-		}
-		answer, err := in.read(1)
-		if err != nil {
-			return nil, err
-		}
-		if !accept(answer[0]) {
-			return nil, ErrGuard
-		}
+		first = append(first, guard)
 	}
-	// Long batches would block both sides if nobody read the answers meanwhile.
+	if _, err := io.WriteString(conn, strings.Join(first, "\n")+"\n"); err != nil {
+		return nil, err
+	}
+	greeting, err := in.read(len(first))
+	if err != nil {
+		return nil, err
+	}
+	if guard != "" && !accept(greeting[len(first)-1]) {
+		return nil, ErrGuard
+	}
+	text := strings.Join(commands, "\n") + "\n"
+	if len(text) <= kernelTakes {
+		if _, err := io.WriteString(conn, text); err != nil {
+			return nil, err
+		}
+		return in.read(len(commands))
+	}
+	// A long batch would block both sides if nobody read the answers meanwhile.
 	var sendErr error
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
-		_, sendErr = io.WriteString(conn, strings.Join(commands, "\n")+"\n")
+		_, sendErr = io.WriteString(conn, text)
 	}()
 	answers, err := in.read(len(commands))
 	if err != nil {
@@ -124,6 +127,9 @@ func converse(conn net.Conn, guard string, accept func(Answer) bool, commands []
 	<-sent
 	return answers, sendErr
 }
+
+// kernelTakes is what a socket takes in without anybody reading.
+const kernelTakes = 16 << 10
 
 // Payload sends one command with a multi-line payload, such as a certificate.
 // HAProxy before 3.4 silently drops payloads over 16 KiB, so these are refused.
