@@ -26,6 +26,7 @@ var packages = map[string]struct {
 	mustNotKnow []string
 }{
 	"catalog": {layer: 0},
+	"unit":    {layer: 0},
 
 	"child":   {layer: 1, mustNotKnow: []string{"catalog"}},
 	"haproxy": {layer: 1, mustNotKnow: []string{"catalog"}},
