@@ -42,7 +42,7 @@ const (
 	// A text longer than this in a file means that the file is damaged.
 	lastGoodText = 1 << 20
 
-	lastGoodEvery = 2 * time.Second
+	lastGoodEvery = 5 * time.Second
 	lastGoodShare = 50 // writing takes at most one part in so many of the time
 )
 

@@ -298,7 +298,7 @@ func mapText(lines []string) []byte {
 }
 
 // writeEvery bounds how old the files may be.
-const writeEvery = time.Second
+const writeEvery = 2 * time.Second
 
 // writeFiles hands what changed to the writer, unless it was done just now.
 func (r *Router) writeFiles(now time.Time) {
@@ -315,5 +315,5 @@ func (r *Router) writeFiles(now time.Time) {
 	}
 	r.disk.jobs <- files
 	// Never more than 2 % of the time, however large the files are.
-	r.disk.next = time.Now().Add(max(writeEvery/2, 50*time.Duration(r.disk.took.Load())))
+	r.disk.next = time.Now().Add(max(writeEvery, 50*time.Duration(r.disk.took.Load())))
 }

@@ -229,7 +229,7 @@ func (r *Router) hurryAudit() {
 	done := make(chan struct{})
 	r.requests <- func() {
 		for r.audit = (auditor{}); ; {
-			_ = r.auditSome(context.Background(), time.Now())
+			_ = r.auditSome(context.Background())
 			if len(r.audit.backends) == 0 && len(r.audit.maps) == 0 {
 				break
 			}

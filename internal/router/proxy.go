@@ -302,7 +302,7 @@ func (r *Router) routeMaps() []string {
 	})
 }
 
-// auditor goes through all backends and maps again and again, a part each second,
+// auditor goes through all backends and maps again and again, a part each tick,
 // because somebody will change HAProxy by hand.
 type auditor struct {
 	backends []string // still to be read in this round
@@ -310,14 +310,14 @@ type auditor struct {
 	perTick  int
 }
 
-// auditRound is how many seconds one round takes.
-const auditRound = 40
+// auditTicks is how many parts one round has: it takes 40 s.
+const auditTicks = 40 * ticksPerSecond
 
-func (r *Router) auditSome(ctx context.Context, now time.Time) error {
+func (r *Router) auditSome(ctx context.Context) error {
 	a := &r.audit
 	if len(a.backends) == 0 && len(a.maps) == 0 {
 		a.backends = slices.Sorted(maps.Values(r.slots.used))
-		a.perTick = len(a.backends)/auditRound + 1
+		a.perTick = len(a.backends)/auditTicks + 1
 		a.maps = r.routeMaps()
 	}
 	part := a.backends[:min(a.perTick, len(a.backends))]
@@ -338,7 +338,7 @@ func (r *Router) auditSome(ctx context.Context, now time.Time) error {
 			suspects[name] = true
 		}
 	}
-	if len(a.maps) > 0 && len(a.backends) <= a.perTick*len(a.maps)*auditRound/len(haproxy.Maps) {
+	if len(a.maps) > 0 && len(a.backends) <= a.perTick*len(a.maps)*auditTicks/len(haproxy.Maps) {
 		m := a.maps[0]
 		a.maps = a.maps[1:]
 		if err := r.auditMap(ctx, m, suspects); err != nil {
@@ -366,12 +366,16 @@ func (r *Router) auditMap(ctx context.Context, m string, suspects map[string]boo
 		return err
 	}
 	is := haproxy.ParseMap(answers[0].Text)
-	for e, value := range maps.Clone(r.have.routes) {
+	var lost []entry
+	for e, value := range r.have.routes {
 		if e.Map == m && is[e.Key] != value {
-			_, service := haproxy.RouteOwner(value)
-			suspects[service] = true
-			r.have.setRoute(e, is[e.Key])
+			lost = append(lost, e)
 		}
+	}
+	for _, e := range lost {
+		_, service := haproxy.RouteOwner(r.have.routes[e])
+		suspects[service] = true
+		r.have.setRoute(e, is[e.Key])
 	}
 	for key, value := range is {
 		if e := (entry{m, key}); r.have.routes[e] != value {

@@ -190,8 +190,9 @@ const worthLogging = 2 * time.Second
 
 // loop is the only goroutine that changes HAProxy.
 func (r *Router) loop(ctx context.Context) error {
-	second := time.NewTicker(time.Second)
-	defer second.Stop()
+	tick := time.NewTicker(time.Second / ticksPerSecond)
+	defer tick.Stop()
+	ticks := 0
 	retry := time.NewTicker(attachEvery)
 	defer retry.Stop()
 	var lastErr string
@@ -222,8 +223,9 @@ func (r *Router) loop(ctx context.Context) error {
 		case <-newer:
 		case f := <-r.requests:
 			f()
-		case <-second.C:
-			r.housekeeping(ctx)
+		case <-tick.C:
+			ticks++
+			r.housekeeping(ctx, ticks%ticksPerSecond == 0)
 		case <-again:
 		}
 	}
@@ -340,14 +342,24 @@ func (r *Router) planService(svc *catalog.Service, name string) []Step {
 	return append(steps, planRoutes(name, backend, w, r.have)...)
 }
 
-// housekeeping runs once a second.
-func (r *Router) housekeeping(ctx context.Context) {
+// ticksPerSecond is how often housekeeping runs: little at a time, because
+// changes wait for it.
+const ticksPerSecond = 4
+
+// housekeeping audits a part of HAProxy, and does the rest once a second.
+func (r *Router) housekeeping(ctx context.Context, second bool) {
 	if !r.attached {
 		return
 	}
 	now := time.Now()
-	var err error
-	for _, f := range []func(context.Context, time.Time) error{r.retire, r.auditSome, r.checkPorts, r.updateCertificates} {
+	err := r.auditSome(ctx)
+	if !second {
+		if err != nil && ctx.Err() == nil {
+			r.log.Warn("router audit", "err", err)
+		}
+		return
+	}
+	for _, f := range []func(context.Context, time.Time) error{r.retire, r.checkPorts, r.updateCertificates} {
 		err = errors.Join(err, f(ctx, now))
 	}
 	if err != nil && ctx.Err() == nil {
