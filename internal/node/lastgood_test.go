@@ -191,7 +191,7 @@ func TestLastGoodPace(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
-		if l.sequence < 5 || l.sequence > 7 {
+		if l.sequence < 3 || l.sequence > 4 {
 			t.Errorf("%d files written in 10 s and at the stop", l.sequence)
 		}
 	})
