@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -117,11 +119,21 @@ func (n *Node) Wait(ctx context.Context, ok func(api.NodeStatus) bool) error {
 		select {
 		case <-tick.C:
 		case <-n.process.ended:
-			return fmt.Errorf("node %s ended: %w", n.Name, n.process.err)
+			return fmt.Errorf("node %s ended: %w: %s", n.Name, n.process.err, lastLine(n.dir+".log"))
 		case <-ctx.Done():
 			return fmt.Errorf("node %s: %w (last seen: %v, %+v)", n.Name, ctx.Err(), err, st.Router)
 		}
 	}
+}
+
+// lastLine returns the last line of a log, or why it cannot be read.
+func lastLine(path string) string {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(raw)), "\n")
+	return lines[len(lines)-1]
 }
 
 // Applied returns when the node's router runs revision.
