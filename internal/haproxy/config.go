@@ -157,7 +157,7 @@ type Config struct {
 // Backend is one backend and its servers as the file shall have them.
 type Backend struct {
 	Name    string
-	Servers []Server // those in Maint are left out
+	Servers []Server // those in Maint are left out, but for spare ones
 }
 
 //go:embed haproxy.cfg.tmpl
@@ -192,7 +192,7 @@ func AppendBackend(b []byte, be Backend) []byte {
 	b = append(b, class.Defaults()...)
 	b = append(b, '\n')
 	for _, s := range be.Servers {
-		if s.State == Maint {
+		if s.State == Maint && s.Addr != Spare {
 			continue
 		}
 		n, o, ours := ParseServerName(s.Name)
@@ -212,6 +212,9 @@ func AppendBackend(b []byte, be Backend) []byte {
 		b = strconv.AppendInt(b, int64(weight), 10)
 		b = append(b, pooling...)
 		b = append(b, o.keywords()...)
+		if s.State == Maint {
+			b = append(b, " disabled"...)
+		}
 		b = append(b, '\n')
 	}
 	return b

@@ -18,8 +18,8 @@ func ServersState(backend string) string {
 
 // Bits of srv_admin_state.
 const (
-	adminMaint = 0x01 | 0x02 | 0x04 // forced, inherited, from the configuration file
-	adminDrain = 0x08 | 0x10        // forced, inherited
+	adminMaint = 0x01 | 0x02 // forced, inherited; 0x04 only says that the file had it so
+	adminDrain = 0x08 | 0x10 // forced, inherited
 )
 
 // ParseServers reads the answer to ServersState: servers by backend. A backend

@@ -99,7 +99,7 @@ func TestParseServers(t *testing.T) {
 func TestParseServerStates(t *testing.T) {
 	const line = "3 hl.1 1 s1 127.0.0.1 2 %d 77 100 5 6 3 4 6 0 0 0 - 9 - 0 0 - - 0"
 	for admin, want := range map[int]ServerState{
-		0: Ready, 1: Maint, 2: Maint, 4: Maint, 8: Drain, 16: Drain, 9: Maint, 24: Drain, 32: Ready, // 32: the name does not resolve
+		0: Ready, 1: Maint, 2: Maint, 4: Ready, 8: Drain, 16: Drain, 9: Maint, 24: Drain, 32: Ready, // 4: the file had it parked; 32: the name does not resolve
 	} {
 		got, err := ParseServers(fmt.Sprintf(line, admin))
 		if err != nil || len(got["hl.1"]) != 1 || got["hl.1"][0].State != want || got["hl.1"][0].Weight != 77 {

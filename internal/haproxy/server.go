@@ -36,6 +36,11 @@ type Server struct {
 	State  ServerState
 }
 
+// Spare is the address of servers that are declared in advance, parked, for
+// endpoints to come. Making a server stops all of HAProxy's threads for a moment;
+// moving one does not.
+var Spare = netip.MustParseAddrPort("127.0.0.1:1")
+
 // ServerName returns the name of the n-th server of a backend with these options.
 func ServerName(n int, o ServerOptions) string {
 	name := "s" + strconv.Itoa(n)

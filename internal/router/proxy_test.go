@@ -108,11 +108,13 @@ func (p *tap) relay(client *net.UnixConn) {
 		if line != "" {
 			cut, effect = p.note(strings.TrimSpace(line))
 		}
+		if cut { // before HAProxy could answer
+			_ = client.Close()
+		}
 		if !cut || effect {
 			_, _ = io.WriteString(server, line)
 		}
 		if cut {
-			_ = client.Close()
 			// HAProxy carries out what it has read, then closes.
 			_ = server.SetReadDeadline(time.Now().Add(2 * time.Second))
 			_ = server.CloseWrite()

@@ -1,6 +1,7 @@
 package router
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -108,7 +109,7 @@ func (s *slots) reset(have *state, runtime bool, now time.Time) {
 		s.declared[class]++
 		switch {
 		case taken[backend]:
-		case len(have.backends[backend]) > 0 || runtime:
+		case runtime || slices.ContainsFunc(slices.Collect(maps.Values(have.backends[backend])), inUse):
 			s.retiring = append(s.retiring, retired{backend, now})
 		default:
 			s.fresh[class] = append(s.fresh[class], backend)
@@ -116,6 +117,30 @@ func (s *slots) reset(have *state, runtime bool, now time.Time) {
 	}
 	for _, fresh := range s.fresh {
 		slices.Reverse(fresh) // taken from the end: lowest first
+		slices.SortStableFunc(fresh, func(a, b string) int { return cmp.Compare(len(have.backends[a]), len(have.backends[b])) })
+	}
+}
+
+// inUse tells a server that some endpoint had from a spare one.
+func inUse(s haproxy.Server) bool { return s.State != haproxy.Maint || s.Addr != haproxy.Spare }
+
+const (
+	// stocked is how many free backends of the usual class have spare servers:
+	// as many services as that can come quickly after a reload.
+	stocked = 512
+	// spareServers is how many each has.
+	spareServers = 3
+)
+
+// stock gives the backends of the usual class that are taken next spare servers.
+func (s *slots) stock(have *state) {
+	fresh := s.fresh[haproxy.Class{Balance: "leastconn"}]
+	for _, backend := range fresh[max(0, len(fresh)-stocked):] {
+		servers := have.backends[backend]
+		for i := len(servers); i < spareServers; i++ {
+			name := haproxy.ServerName(i+1, haproxy.ServerOptions{})
+			servers[name] = haproxy.Server{Name: name, Addr: haproxy.Spare, Weight: 100, State: haproxy.Maint}
+		}
 	}
 }
 

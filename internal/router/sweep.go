@@ -36,10 +36,11 @@ const (
 func (s *state) count() (active, parked int) {
 	for _, servers := range s.backends {
 		for _, server := range servers {
-			if server.State == haproxy.Maint {
-				parked++
-			} else {
+			switch {
+			case server.State != haproxy.Maint:
 				active++
+			case server.Addr != haproxy.Spare:
+				parked++
 			}
 		}
 	}
@@ -108,7 +109,7 @@ func (s *sweeper) look(have *state, now time.Time, d time.Duration) []serverID {
 	var gone []serverID
 	for backend, servers := range have.backends {
 		for name, server := range servers {
-			if server.State != haproxy.Maint {
+			if server.State != haproxy.Maint || server.Addr == haproxy.Spare {
 				continue
 			}
 			id := serverID{backend, name}
