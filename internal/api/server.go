@@ -90,6 +90,9 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	ops, err := net.Listen("unix", socketAddress(s.OpsSocket))
 	if err != nil {
+		if errors.Is(err, syscall.EADDRINUSE) { // its text has the padding in it
+			err = errors.New("another node with this address and balancer port runs")
+		}
 		err = fmt.Errorf("open socket %s: %w", s.OpsSocket, err)
 		return errors.Join(err, api.Close())
 	}

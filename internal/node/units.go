@@ -121,7 +121,7 @@ TimeoutStopSec=20
 RuntimeDirectory=flotilla
 RuntimeDirectoryPreserve=yes
 RuntimeDirectoryMode=0750
-LimitNOFILE=65536
+LimitNOFILE=1048576
 OOMScoreAdjust=-400
 
 [Install]
