@@ -53,6 +53,11 @@ func Main(name, claim string, run func(context.Context, *Bench) error) {
 }
 
 func (b *Bench) run(ctx context.Context, claim, out string, run func(context.Context, *Bench) error) (err error) {
+	unlock, err := b.lock()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
 	if err := b.open(); err != nil {
 		return err
 	}
@@ -85,6 +90,23 @@ func (b *Bench) run(ctx context.Context, claim, out string, run func(context.Con
 	}
 	b.Printf("\ntook     %s; load before %s, after %s\n", time.Since(began).Round(time.Second), b.load, loadAverage())
 	return nil
+}
+
+// lock waits until no other benchmark runs on this machine: two at a time would
+// measure each other.
+func (b *Bench) lock() (unlock func() error, err error) {
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), "flotilla-bench.lock"), os.O_CREATE|os.O_RDWR, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+		return f.Close, nil
+	}
+	b.Logf("another benchmark runs; waiting for it")
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		return nil, errors.Join(fmt.Errorf("wait for the other benchmark: %w", err), f.Close())
+	}
+	return f.Close, nil
 }
 
 // open looks for what the run needs.
