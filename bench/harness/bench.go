@@ -53,7 +53,7 @@ func Main(name, claim string, run func(context.Context, *Bench) error) {
 }
 
 func (b *Bench) run(ctx context.Context, claim, out string, run func(context.Context, *Bench) error) (err error) {
-	unlock, err := b.lock()
+	unlock, err := b.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -94,19 +94,22 @@ func (b *Bench) run(ctx context.Context, claim, out string, run func(context.Con
 
 // lock waits until no other benchmark runs on this machine: two at a time would
 // measure each other.
-func (b *Bench) lock() (unlock func() error, err error) {
+func (b *Bench) lock(ctx context.Context) (unlock func() error, err error) {
 	f, err := os.OpenFile(filepath.Join(os.TempDir(), "flotilla-bench.lock"), os.O_CREATE|os.O_RDWR, 0o666)
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
-		return f.Close, nil
+	for said := false; ; said = true {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			return f.Close, nil
+		}
+		if !said {
+			b.Logf("another benchmark runs; waiting for it")
+		}
+		if err := Pause(ctx, time.Second); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
 	}
-	b.Logf("another benchmark runs; waiting for it")
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
-		return nil, errors.Join(fmt.Errorf("wait for the other benchmark: %w", err), f.Close())
-	}
-	return f.Close, nil
 }
 
 // open looks for what the run needs.
