@@ -28,9 +28,10 @@ var packages = map[string]struct {
 	"catalog": {layer: 0},
 	"unit":    {layer: 0},
 
-	"child":   {layer: 1, mustNotKnow: []string{"catalog"}},
-	"haproxy": {layer: 1, mustNotKnow: []string{"catalog"}},
-	"store":   {layer: 1, mustNotKnow: []string{"catalog"}},
+	"child":    {layer: 1, mustNotKnow: []string{"catalog"}},
+	"haproxy":  {layer: 1, mustNotKnow: []string{"catalog"}},
+	"store":    {layer: 1, mustNotKnow: []string{"catalog"}},
+	"registry": {layer: 1, mustNotKnow: []string{"store", "catalog", "haproxy"}},
 
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},
 	"router": {layer: 2},
