@@ -12,8 +12,8 @@
 //	moves/<unit>                 Move       somebody wants it elsewhere           API; engine when done
 //	machines/<machine>           Machine    there as long as the machine's lease  agent
 //	states/<machine>             States     what runs there; on the same lease    agent
-//	metadata/<machine>           Metadata   set at run time; outlives the machine API
-//	orders/<machine>             Orders     cordon and drain                      API
+//	settings/<machine>           Settings   what operators set; outlives the      API
+//	                                        machine
 //	solo                         Solo       the only machine there is             agent
 //	leaders/engine/<lease>                  the election                          engine
 //	failover                     Failover   mass failure: held or allowed         engine, API
@@ -22,6 +22,7 @@ package registry
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strings"
 )
 
@@ -45,8 +46,7 @@ func (k Keys) Unplaced(name string) string       { return k.Prefix + "unplaced/"
 func (k Keys) Move(name string) string           { return k.Prefix + "moves/" + name }
 func (k Keys) Machine(id string) string          { return k.Prefix + "machines/" + id }
 func (k Keys) States(id string) string           { return k.Prefix + "states/" + id }
-func (k Keys) Metadata(id string) string         { return k.Prefix + "metadata/" + id }
-func (k Keys) Orders(id string) string           { return k.Prefix + "orders/" + id }
+func (k Keys) Settings(id string) string         { return k.Prefix + "settings/" + id }
 func (k Keys) Solo() string                      { return k.Prefix + "solo" }
 func (k Keys) Failover() string                  { return k.Prefix + "failover" }
 func (k Keys) EngineElection() string            { return k.Prefix + "leaders/engine/" }
@@ -134,20 +134,24 @@ type Machine struct {
 	Version  string            `json:"version"`
 }
 
-// Metadata is what was set at run time over a machine's own metadata.
-type Metadata struct {
-	V      int               `json:"v"`
-	Values map[string]string `json:"values"` // "" hides the machine's own value
+// Settings are what operators want of a machine, whether it is there or not.
+type Settings struct {
+	V int `json:"v"`
+	// Metadata overlays the machine's own; "" hides a key of it.
+	Metadata map[string]string `json:"metadata,omitempty"`
+	Cordon   bool              `json:"cordon,omitempty"` // nothing new is placed there
+	Drain    bool              `json:"drain,omitempty"`  // what is placed there leaves; global units stay
+	Reason   string            `json:"reason,omitempty"` // why it is cordoned or drained
 }
 
-// Merge returns own overlaid by set: empty values remove keys. Neither map is
+// Merge returns a machine's own metadata overlaid by what was set. own is not
 // changed.
-func (m Metadata) Merge(own map[string]string) map[string]string {
-	merged := make(map[string]string, len(own)+len(m.Values))
-	for k, v := range own {
-		merged[k] = v
+func (s Settings) Merge(own map[string]string) map[string]string {
+	merged := maps.Clone(own)
+	if merged == nil {
+		merged = map[string]string{}
 	}
-	for k, v := range m.Values {
+	for k, v := range s.Metadata {
 		if v == "" {
 			delete(merged, k)
 		} else {
@@ -155,14 +159,6 @@ func (m Metadata) Merge(own map[string]string) map[string]string {
 		}
 	}
 	return merged
-}
-
-// Orders are what an operator wants of a machine.
-type Orders struct {
-	V      int    `json:"v"`
-	Cordon bool   `json:"cordon,omitempty"` // nothing new is placed there
-	Drain  bool   `json:"drain,omitempty"`  // what is there leaves; global units stay
-	Reason string `json:"reason,omitempty"`
 }
 
 // Solo names the machine that was the only one: its exclusive units are never
@@ -208,7 +204,7 @@ type State struct {
 
 // Record is any of the values above.
 type Record interface {
-	Unit | Placement | Entry | Unplaced | Move | Machine | Metadata | Orders | Solo | Failover | States
+	Unit | Placement | Entry | Unplaced | Move | Machine | Settings | Solo | Failover | States
 }
 
 // Encode writes a record as JSON.

@@ -25,7 +25,7 @@ func TestDecodeRefusesNewerVersions(t *testing.T) {
 
 func TestMetadataHidesAndOverlays(t *testing.T) {
 	own := map[string]string{"zone": "a", "disk": "ssd"}
-	got := Metadata{Values: map[string]string{"disk": "", "rack": "7", "gone": ""}}.Merge(own)
+	got := Settings{Metadata: map[string]string{"disk": "", "rack": "7", "gone": ""}}.Merge(own)
 	if diff := cmp.Diff(map[string]string{"zone": "a", "rack": "7"}, got); diff != "" {
 		t.Error(diff)
 	}
