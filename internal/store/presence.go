@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -30,6 +31,9 @@ type Presence struct {
 	mu    sync.Mutex
 	want  map[string]string   // guarded by mu
 	dirty map[string]struct{} // keys that differ, or may differ, from the store; guarded by mu
+
+	confirmed atomic.Pointer[time.Time] // see Confirmed; nil: no lease
+	beat      chan struct{}             // one slot, filled with each confirmation
 }
 
 // coalesce is the shortest time between two writes of a Presence.
@@ -38,7 +42,7 @@ const coalesce = 200 * time.Millisecond
 // NewPresence returns a Presence with no keys. ttl is rounded up to seconds;
 // etcd grants no less than 2 s.
 func NewPresence(c *Client, ttl time.Duration, log *slog.Logger) *Presence {
-	return &Presence{c: c, ttl: ttl, log: log, wake: make(chan struct{}, 1), want: map[string]string{}, dirty: map[string]struct{}{}}
+	return &Presence{c: c, ttl: ttl, log: log, wake: make(chan struct{}, 1), beat: make(chan struct{}, 1), want: map[string]string{}, dirty: map[string]struct{}{}}
 }
 
 // Set makes the key hold value as soon as the store can be reached. It never
@@ -63,6 +67,34 @@ func (p *Presence) Delete(key string) {
 	}
 	delete(p.want, key)
 	p.touch(key)
+}
+
+// Confirmed returns when the last renewal of the lease that the store confirmed
+// had been sent: the store keeps the lease for at least the TTL from then. It is
+// the zero Time before the first lease, and while it is known to be lost.
+// The Time has a monotonic reading.
+func (p *Presence) Confirmed() time.Time {
+	if t := p.confirmed.Load(); t != nil {
+		return *t
+	}
+	return time.Time{}
+}
+
+// Beats receives after each confirmation and after each loss of the lease; one
+// that nobody waited for is kept. There is one channel for all callers.
+func (p *Presence) Beats() <-chan struct{} { return p.beat }
+
+// confirm notes a confirmation, or a loss if sent is zero.
+func (p *Presence) confirm(sent time.Time) {
+	if sent.IsZero() {
+		p.confirmed.Store(nil)
+	} else {
+		p.confirmed.Store(&sent)
+	}
+	select {
+	case p.beat <- struct{}{}:
+	default:
+	}
 }
 
 // touch marks keys dirty; p.mu is held.
@@ -104,6 +136,7 @@ func (p *Presence) Run(ctx context.Context) error {
 		}
 		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 			lease = 0
+			p.confirm(time.Time{})
 			p.log.Warn("the lease of this node was lost: writing its keys again", "err", err)
 			continue
 		}
@@ -123,10 +156,12 @@ func (p *Presence) Run(ctx context.Context) error {
 func (p *Presence) grant(ctx context.Context) (clientv3.LeaseID, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeLimit)
 	defer cancel()
+	sent := time.Now()
 	resp, err := p.c.etcd.Grant(ctx, int64((p.ttl+time.Second-1)/time.Second))
 	if err != nil {
 		return 0, p.c.explain("get a lease", err)
 	}
+	p.confirm(sent)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.touch(slices.Collect(maps.Keys(p.want))...)
@@ -179,9 +214,11 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 func (p *Presence) renew(ctx context.Context, lease clientv3.LeaseID) error {
 	ctx, cancel := context.WithTimeout(ctx, readLimit)
 	defer cancel()
+	sent := time.Now()
 	if _, err := p.c.etcd.KeepAliveOnce(ctx, lease); err != nil {
 		return p.c.explain("renew the lease", err)
 	}
+	p.confirm(sent)
 	return nil
 }
 
