@@ -21,19 +21,31 @@ import (
 // CodeNoNode is the code of a Client's own errors: the node was not reached.
 const CodeNoNode Code = "no_node"
 
-// Client speaks to the API of the node that serves on one unix socket. Its
-// errors are of type *Error.
+// Client speaks to the API of one node. Its errors are of type *Error.
 type Client struct {
 	socket string
 	http   *http.Client
 }
 
-// Dial returns a client for socket. It does not connect.
+// Dial returns a client for the node that serves on a unix socket. It does not
+// connect.
 func Dial(socket string) *Client {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+	return Over(socket, func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socketAddress(socket))
-	}
-	return &Client{socket, &http.Client{Transport: &http.Transport{DialContext: dial}}}
+	})
+}
+
+// Over returns a client for the node that dial connects to: through a tunnel, or
+// over TCP. Errors call the node by where.
+func Over(where string, dial func(ctx context.Context) (net.Conn, error)) *Client {
+	to := func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }
+	return &Client{where, &http.Client{Transport: &http.Transport{DialContext: to}}}
+}
+
+// Do sends a request that Client has no method for. in is sent as JSON unless it
+// is nil, and the answer is decoded into out unless that is nil.
+func (c *Client) Do(ctx context.Context, method, path string, query neturl.Values, in, out any) error {
+	return c.do(ctx, method, path, query, in, out)
 }
 
 // do sends one request and decodes the answer into out.
