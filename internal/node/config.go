@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/registry"
 	"flotilla/internal/store"
 )
 
@@ -94,6 +95,34 @@ type Config struct {
 	// MaxConnections limits HAProxy; 0: as many as the limit of open files gives.
 	MaxConnections int `yaml:"max-connections" help:"connections that HAProxy takes at once (0: from the limit of open files)"`
 
+	// Units says whether this machine runs units: "on", "off", or "auto" for
+	// wherever the node is root under systemd.
+	Units string `yaml:"units" help:"whether this machine runs units: on, off, or auto (as root where systemd runs)"`
+	// MachineID is the machine's ID in the registry of units.
+	MachineID string `yaml:"machine-id" help:"ID of this machine for units (default: the content of /etc/machine-id)"`
+	// Metadata lists key=value pairs that units can ask for.
+	Metadata []string `yaml:"metadata" help:"key=value that units can ask for by MachineMetadata= (repeatable)"`
+	// Counters lists name=number pairs: what units can reserve by CounterReserve=.
+	Counters []string `yaml:"counter" help:"name=number that units can reserve from by CounterReserve= (repeatable)"`
+	// UnitsDir holds the unit files; it is emptied by a reboot.
+	UnitsDir string `yaml:"units-dir" help:"run-time directory for unit files"`
+	// MachineTTL is how many seconds a machine that is silent counts as there.
+	MachineTTL int `yaml:"machine-ttl" help:"seconds of silence after which this machine counts as dead and its units start elsewhere"`
+	// OnStop is "keep" or "drain": what happens to units when the node is stopped.
+	OnStop string `yaml:"on-stop" help:"what becomes of units when the node is stopped: keep or drain"`
+	// Engine says whether this node may become the leader that places units.
+	Engine bool `yaml:"engine" help:"whether this node may become the leader that places units"`
+	// KeyPrefix is where the records of units are in the store.
+	KeyPrefix string `yaml:"key-prefix" help:"where the records of units and machines are in the store"`
+	// APIListen lists further ip:port or unix sockets that serve the whole API.
+	APIListen []string `yaml:"api-listen" help:"further ip:port or unix:PATH to serve the API on; whoever reaches it is root (repeatable)"`
+	// APIPort is where other nodes read the logs of this one; 0: nowhere.
+	APIPort int `yaml:"api-port" help:"port on which other nodes read logs of units (0: off)"`
+	// TokenLimit is the length of a page of fleet's API.
+	TokenLimit int `yaml:"token-limit" help:"entries on one page of fleet's API"`
+	// UnitsOnly leaves out routing and DNS.
+	UnitsOnly bool `yaml:"units-only" help:"run units only: no router and no DNS server"`
+
 	// LogLevel is "debug", "info", "warn" or "error".
 	LogLevel string `yaml:"log-level" help:"debug, info, warn or error"`
 	// LogFormat is "text" or "json".
@@ -106,6 +135,8 @@ func Default() Config {
 		Name: defaultName(), Data: defaultData(), Socket: DefaultSocket(),
 		HTTPPort: 80, HTTPSPort: 443, DNSPort: 53, DNSDomain: "local",
 		BalancerPort: 9180, RedirectPort: 9181, StoreClientPort: 2379, StorePeerPort: 2380,
+		Units: "auto", UnitsDir: "/run/flotilla/units", MachineTTL: 12, OnStop: "keep", Engine: true,
+		KeyPrefix: registry.DefaultPrefix, APIPort: 9183, TokenLimit: 100,
 		Supervise: true, AccessLog: "off", HostPorts: "auto", LogLevel: "info",
 	}
 }
@@ -192,6 +223,7 @@ func (c *Config) Validate() error {
 		wrong("address", c.Address, "the store would speak plaintext there and everybody who reaches it could write to it", "give --insecure if only trusted machines reach this network, or --address 127.0.0.1 to try things out")
 	}
 	c.checkPaths(wrong)
+	c.checkUnits(wrong)
 	c.checkPorts(wrong)
 	c.checkLists(wrong)
 	c.checkWords(wrong)
@@ -254,10 +286,16 @@ type Port struct {
 
 // Ports lists the ports that the node's own processes will listen on.
 func (c *Config) Ports() []Port {
-	list := []Port{
-		{"http-port", c.HTTPPort, "http"}, {"https-port", c.HTTPSPort, "https"}, {"dns-port", c.DNSPort, "DNS"},
-		{"balancer-port", c.BalancerPort, "the balancer's check"}, {"redirect-port", c.RedirectPort, "host_ports of tcp services"},
-		{"redirect-port", c.RedirectPort + 1, "host_ports of http services"},
+	var list []Port
+	if !c.UnitsOnly {
+		list = []Port{
+			{"http-port", c.HTTPPort, "http"}, {"https-port", c.HTTPSPort, "https"}, {"dns-port", c.DNSPort, "DNS"},
+			{"balancer-port", c.BalancerPort, "the balancer's check"}, {"redirect-port", c.RedirectPort, "host_ports of tcp services"},
+			{"redirect-port", c.RedirectPort + 1, "host_ports of http services"},
+		}
+	}
+	if c.APIPort != 0 && c.RunsUnits() {
+		list = append(list, Port{"api-port", c.APIPort, "logs of units"})
 	}
 	if c.TLSPassthroughPort != 0 {
 		list = append(list, Port{"tls-passthrough-port", c.TLSPassthroughPort, "TLS passthrough"})

@@ -31,9 +31,6 @@ const SchemaKey = "/flotilla/schema"
 // schemaVersion is the one this program reads and writes.
 const schemaVersion = 1
 
-// leaseTTL is how long a dead node stays in the list of nodes.
-const leaseTTL = 12 * time.Second
-
 // node is what the parts of Run share.
 type node struct {
 	cfg     Config
@@ -143,7 +140,7 @@ func (n *node) openComponents() (err error) {
 		reflector: store.NewReflector(n.client, catalog.Prefix, api.ConfirmedKey, n.log),
 		feed:      n.feed, log: n.log, received: n.lag.seen, builder: catalog.NewBuilder(cfg.Policy()),
 	}
-	n.presence = store.NewPresence(n.client, leaseTTL, n.log)
+	n.presence = store.NewPresence(n.client, time.Duration(cfg.MachineTTL)*time.Second, n.log)
 	n.api = api.New(api.Config{
 		Node: cfg.Name, Version: n.version, Address: cfg.Address, Domain: strings.Trim(cfg.DNSDomain, "."), Started: n.started,
 		Ports:  api.Ports{HTTP: cfg.HTTPPort, HTTPS: cfg.HTTPSPort, SNI: cfg.TLSPassthroughPort},
