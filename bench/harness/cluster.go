@@ -87,7 +87,7 @@ func (c *Cluster) Stop() error {
 func (b *Bench) StartNode(name, address string, args ...string) (*Node, error) {
 	n := &Node{Name: name, Address: fmt.Sprintf("%s:%d", address, httpPort), dir: filepath.Join(b.Dir, name)}
 	socket := filepath.Join(b.Dir, name+".sock")
-	args = append([]string{"node", "--name", name, "--address", address, "--data", n.dir, "--socket", socket,
+	args = append([]string{"node", "--units", "off", "--name", name, "--address", address, "--data", n.dir, "--socket", socket,
 		"--http-port", fmt.Sprint(httpPort), "--https-port", "8443", "--dns-port", "8053", "--dns-upstream", "none",
 		"--store-client-port", fmt.Sprint(storePort), "--host-ports", "listeners", "--haproxy", b.HAProxy}, args...)
 	n.Started = time.Now()

@@ -60,7 +60,7 @@ func testConfig(t *testing.T, endpoint string) Config {
 	addr := storetest.Addr(t)
 	c := Default()
 	c.Name, c.Address, c.Data, c.Socket = "n1", addr.String(), dir, filepath.Join(dir, "node.sock")
-	c.EtcdEndpoints = []string{endpoint}
+	c.EtcdEndpoints, c.Units = []string{endpoint}, "off"
 	c.HostPorts, c.DNSUpstream, c.MaxConnections = "listeners", []string{"none"}, 500
 	ports := map[int]bool{}
 	for _, p := range []*int{&c.HTTPPort, &c.HTTPSPort, &c.DNSPort, &c.BalancerPort, &c.RedirectPort} {

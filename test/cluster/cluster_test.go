@@ -298,7 +298,7 @@ func (l *traffic) end(t *testing.T, spared ...int) {
 // newNode returns a node that is not started yet.
 func newNode(t *testing.T, dir, name, address string, args ...string) *node {
 	n := &node{t: t, name: name, address: address, data: filepath.Join(dir, name)}
-	n.args = append([]string{"node", "--name", name, "--address", n.address, "--data", n.data, "--socket", filepath.Join(n.data, "node.sock"),
+	n.args = append([]string{"node", "--units", "off", "--name", name, "--address", n.address, "--data", n.data, "--socket", filepath.Join(n.data, "node.sock"),
 		"--http-port", fmt.Sprint(httpPort), "--https-port", "18443", "--dns-port", "15353", "--dns-upstream", "none",
 		"--balancer-port", fmt.Sprint(balancerPort), "--redirect-port", "19181", "--host-ports", "listeners",
 		"--store-client-port", fmt.Sprint(clientPort), "--store-peer-port", "12380", "--max-connections", "1000"}, args...)
