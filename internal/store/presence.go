@@ -34,6 +34,7 @@ type Presence struct {
 
 	confirmed atomic.Pointer[time.Time] // see Confirmed; nil: no lease
 	beat      chan struct{}             // one slot, filled with each confirmation
+	linger    atomic.Bool               // see Linger
 }
 
 // coalesce is the shortest time between two writes of a Presence.
@@ -108,13 +109,17 @@ func (p *Presence) touch(keys ...string) {
 	}
 }
 
-// Run keeps the keys until ctx ends, and returns nil then. It revokes the lease
-// on the way out, which removes the keys at once, if that takes no longer than
-// a second.
+// Linger says whether the keys stay until the lease expires when Run ends, so
+// that a process that is started again within the TTL was never away.
+func (p *Presence) Linger(linger bool) { p.linger.Store(linger) }
+
+// Run keeps the keys until ctx ends, and returns nil then. Unless they linger it
+// revokes the lease on the way out, which removes the keys at once, if that
+// takes no longer than a second.
 func (p *Presence) Run(ctx context.Context) error {
 	var lease clientv3.LeaseID
 	defer func() {
-		if lease != 0 {
+		if lease != 0 && !p.linger.Load() {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
 			_, _ = p.c.etcd.Revoke(rctx, lease) // it expires anyway

@@ -77,3 +77,35 @@ func TestPresence(t *testing.T) {
 		t.Errorf("%d keys are left after a normal stop", n)
 	}
 }
+
+func TestPresenceLingers(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	c := open(t, endpoint)
+	run := func(linger bool) (created int64) {
+		t.Helper()
+		p := store.NewPresence(c, 10*time.Second, logger(t))
+		p.Linger(linger)
+		p.Set("/a", fmt.Sprint(linger))
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- p.Run(ctx) }()
+		storetest.Wait(t, 5*time.Second, "the key", func() bool {
+			kv, _, err := c.Get(t.Context(), "/a")
+			created = kv.CreateRevision
+			return err == nil && kv.Value == fmt.Sprint(linger)
+		})
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		return created
+	}
+	first := run(true)
+	if second := run(false); second != first {
+		t.Errorf("the key was created anew at %d, it was there since %d", second, first)
+	}
+	if _, there, err := c.Get(t.Context(), "/a"); there || err != nil {
+		t.Errorf("the key outlives its lease that was given up (%v)", err)
+	}
+}
