@@ -31,6 +31,7 @@ var packages = map[string]struct {
 	"child":    {layer: 1, mustNotKnow: []string{"catalog"}},
 	"haproxy":  {layer: 1, mustNotKnow: []string{"catalog"}},
 	"store":    {layer: 1, mustNotKnow: []string{"catalog"}},
+	"systemd":  {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
 	"registry": {layer: 1, mustNotKnow: []string{"store", "catalog", "haproxy"}},
 
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},
@@ -42,12 +43,13 @@ var packages = map[string]struct {
 }
 
 // Test support: only tests and benchmarks import these.
-var testSupport = []string{"store/storetest"}
+var testSupport = []string{"store/storetest", "systemd/systemdtest"}
 
 // Whose business a foreign module is; tests may use it as a client would.
 var edges = map[string]string{
 	"go.etcd.io/":            "store",
 	"google.golang.org/grpc": "store",
+	"github.com/godbus/":     "systemd",
 	"github.com/miekg/dns":   "dns",
 }
 

@@ -1,0 +1,139 @@
+package systemd
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// settle is how long changes are collected before they are announced: a unit
+// that starts makes about ten signals within a few milliseconds.
+const settle = 20 * time.Millisecond
+
+// Change is what may be different since the last one.
+type Change struct {
+	All   bool     // any unit: systemd was connected to, re-executed or reloaded
+	Units []string // sorted; units of others among them
+}
+
+// changes collects names until somebody takes them.
+type changes struct {
+	mu        sync.Mutex // guards what follows
+	every     bool
+	names     map[string]struct{}
+	scheduled bool // a wake will be sent
+
+	wake chan struct{} // room for one
+}
+
+func (c *changes) all()             { c.add("", true) }
+func (c *changes) unit(name string) { c.add(name, false) }
+
+func (c *changes) add(name string, every bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if every {
+		c.every = true
+	} else {
+		if c.names == nil {
+			c.names = make(map[string]struct{})
+		}
+		c.names[name] = struct{}{}
+	}
+	if c.scheduled {
+		return
+	}
+	c.scheduled = true
+	time.AfterFunc(settle, func() {
+		c.mu.Lock()
+		c.scheduled = false
+		c.mu.Unlock()
+		select {
+		case c.wake <- struct{}{}:
+		default: // not received yet
+		}
+	})
+}
+
+// Changed receives a value when Take has something new, 20 ms after the first
+// of the changes. It is for one reader.
+func (c *Conn) Changed() <-chan struct{} { return c.changes.wake }
+
+// Take returns what may have changed since the last Take. Listing units makes
+// no change, even though systemd loads them to do so.
+func (c *Conn) Take() Change {
+	h := &c.changes
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	change := Change{All: h.every, Units: slices.Sorted(maps.Keys(h.names))}
+	h.every, h.names = false, nil
+	return change
+}
+
+// DeliverSignal takes what systemd announces, in its order, from the
+// connection's own goroutine: it must not block.
+//
+// UnitNew and UnitRemoved say only what systemd keeps in memory. They are left
+// out, because asking for the status of an idle unit causes both.
+func (s *session) DeliverSignal(iface, member string, signal *dbus.Signal) {
+	switch iface + "." + member {
+	case "org.freedesktop.DBus.Properties.PropertiesChanged":
+		if escaped, ok := strings.CutPrefix(string(signal.Path), unitRoot); ok {
+			s.changes.unit(unescape(escaped))
+		}
+	case manager + ".JobRemoved":
+		var id uint32
+		var path dbus.ObjectPath
+		var name, result string
+		if dbus.Store(signal.Body, &id, &path, &name, &result) == nil {
+			s.ended(path, Result(result))
+			s.changes.unit(name)
+		}
+	case manager + ".Reloading":
+		var begins bool
+		if dbus.Store(signal.Body, &begins) == nil && !begins {
+			s.changes.all()
+		}
+	}
+}
+
+// escape makes of a unit's name the last part of its object path: every byte
+// but letters and inner digits becomes _ and two hex digits.
+func escape(name string) string {
+	const hex = "0123456789abcdef"
+	if name == "" {
+		return "_"
+	}
+	var b strings.Builder
+	for i := range len(name) {
+		switch ch := name[i]; {
+		case 'a' <= ch && ch <= 'z', 'A' <= ch && ch <= 'Z', '0' <= ch && ch <= '9' && i > 0:
+			b.WriteByte(ch)
+		default:
+			b.Write([]byte{'_', hex[ch>>4], hex[ch&15]})
+		}
+	}
+	return b.String()
+}
+
+// unescape is the inverse of escape; what escape cannot have made stays.
+func unescape(path string) string {
+	if path == "_" {
+		return ""
+	}
+	digit := func(ch byte) int { return strings.IndexByte("0123456789abcdef", ch) }
+	var b strings.Builder
+	for i := 0; i < len(path); i++ {
+		if path[i] == '_' && i+2 < len(path) && digit(path[i+1]) >= 0 && digit(path[i+2]) >= 0 {
+			b.WriteByte(byte(digit(path[i+1])<<4 | digit(path[i+2])))
+			i += 2
+			continue
+		}
+		b.WriteByte(path[i])
+	}
+	return b.String()
+}
