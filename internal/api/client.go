@@ -76,12 +76,8 @@ func (c *Client) do(ctx context.Context, method, path string, query neturl.Value
 	if err != nil {
 		return c.unreached(err)
 	}
-	if resp.StatusCode != http.StatusOK {
-		var wrapped struct{ Error *Error }
-		if err := json.Unmarshal(raw, &wrapped); err != nil || wrapped.Error == nil {
-			return fail(CodeInternal, "", "the node answered %s: %.200s", resp.Status, raw)
-		}
-		return wrapped.Error
+	if resp.StatusCode/100 != 2 {
+		return answered(resp, raw)
 	}
 	if out == nil {
 		return nil
@@ -90,6 +86,34 @@ func (c *Client) do(ctx context.Context, method, path string, query neturl.Value
 		return fail(CodeInternal, "is the node of another version? flotilla status", "the node's answer to %s %s is not understood: %v", method, path, err)
 	}
 	return nil
+}
+
+// answered returns the error that an answer holds. Those of fleet's API have the
+// status as their code.
+func answered(resp *http.Response, raw []byte) *Error {
+	var wrapped struct {
+		Error *struct {
+			Error
+			Code any `json:"code"`
+		} `json:"error"`
+	}
+	if err := json.Unmarshal(raw, &wrapped); err != nil || wrapped.Error == nil {
+		e := fail(CodeInternal, "", "the node answered %s: %.200s", resp.Status, raw)
+		e.Status = resp.StatusCode
+		return e
+	}
+	e := wrapped.Error.Error
+	e.Status = resp.StatusCode
+	if code, ok := wrapped.Error.Code.(string); ok {
+		e.Code = Code(code)
+		return &e
+	}
+	for code, status := range statusOf {
+		if status == resp.StatusCode && code != CodeUnknown { // which shares its status
+			e.Code = code
+		}
+	}
+	return &e
 }
 
 func (c *Client) unreached(err error) *Error {

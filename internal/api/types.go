@@ -39,6 +39,7 @@ type Error struct {
 	Message string    `json:"message"`
 	Hint    string    `json:"hint,omitempty"`
 	Applied []Applied `json:"applied,omitempty"` // of not_converged: every node and how far it is
+	Status  int       `json:"-"`                 // of the answer, where a Client got one
 }
 
 func (e *Error) Error() string { return e.Message }
