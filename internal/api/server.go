@@ -61,7 +61,10 @@ type Config struct {
 	// AcceptEpoch tells the reflector that the store's present content is the
 	// right one; nil: there is nothing to tell.
 	AcceptEpoch func()
-	Log         *slog.Logger
+	// More are routes that other packages serve on the API's socket. Their
+	// errors have the shape of those here.
+	More []func(mux *http.ServeMux)
+	Log  *slog.Logger
 }
 
 // Ports are the node's, as far as answers name them. SNI is 0 when there is none.
@@ -190,6 +193,9 @@ func (s *Server) Handler() http.Handler {
 	handle("POST /v1/drain", func(*http.Request) (any, error) { return s.drain(true) })
 	handle("DELETE /v1/drain", func(*http.Request) (any, error) { return s.drain(false) })
 	handle("POST /v1/confirm", s.confirm)
+	for _, register := range s.More {
+		register(mux)
+	}
 	return s.jsonErrors(mux)
 }
 
