@@ -64,7 +64,9 @@ type Config struct {
 	// More are routes that other packages serve on the API's socket. Their
 	// errors have the shape of those here.
 	More []func(mux *http.ServeMux)
-	Log  *slog.Logger
+	// Listeners serve the API beside its socket.
+	Listeners []net.Listener
+	Log       *slog.Logger
 }
 
 // Ports are the node's, as far as answers name them. SNI is 0 when there is none.
@@ -87,7 +89,7 @@ func New(cfg Config) *Server {
 //
 // Errors: a socket cannot be opened, or another node serves on it.
 func (s *Server) Run(ctx context.Context) error {
-	api, err := listen(s.Socket)
+	api, err := Listen(s.Socket)
 	if err != nil {
 		return err
 	}
@@ -100,8 +102,18 @@ func (s *Server) Run(ctx context.Context) error {
 		return errors.Join(err, api.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return serve(ctx, api, s.Handler(), s.Log) })
-	g.Go(func() error { return serve(ctx, ops, s.OpsHandler(), s.Log) })
+	g.Go(func() error { return Serve(ctx, s.Handler(), s.Log, append(s.Listeners, api)...) })
+	g.Go(func() error { return Serve(ctx, s.OpsHandler(), s.Log, ops) })
+	return g.Wait()
+}
+
+// Serve answers on all listeners until ctx ends; requests under way then get 2 s
+// to finish. It closes the listeners.
+func Serve(ctx context.Context, h http.Handler, log *slog.Logger, listeners ...net.Listener) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, l := range listeners {
+		g.Go(func() error { return serve(ctx, l, h, log) })
+	}
 	return g.Wait()
 }
 
@@ -144,8 +156,9 @@ func socketAddress(name string) string {
 	return name
 }
 
-// listen opens the socket of the API, for its owner and group. One that a dead process left behind is replaced.
-func listen(path string) (net.Listener, error) {
+// Listen opens a socket of the API, for its owner and group. One that a dead
+// process left behind is replaced.
+func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
 		return nil, fmt.Errorf("open socket %s: %w", path, err)
 	}
@@ -176,7 +189,7 @@ func (s *Server) Handler() http.Handler {
 			r.Body = http.MaxBytesReader(w, r.Body, 1<<20)
 			body, err := answer(r)
 			if err != nil {
-				s.writeError(w, r, err)
+				writeError(w, r, s.Log, err)
 				return
 			}
 			writeJSON(w, http.StatusOK, body)
@@ -196,11 +209,20 @@ func (s *Server) Handler() http.Handler {
 	for _, register := range s.More {
 		register(mux)
 	}
-	return s.jsonErrors(mux)
+	return jsonErrors(mux, s.Log)
+}
+
+// Routes returns the API of a node that has no services: only these routes.
+func Routes(log *slog.Logger, more ...func(mux *http.ServeMux)) http.Handler {
+	mux := http.NewServeMux()
+	for _, register := range more {
+		register(mux)
+	}
+	return jsonErrors(mux, log)
 }
 
 // jsonErrors answers what mux does not know in the shape of all other errors.
-func (s *Server) jsonErrors(mux *http.ServeMux) http.Handler {
+func jsonErrors(mux *http.ServeMux, log *slog.Logger) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h, pattern := mux.Handler(r)
 		if pattern != "" {
@@ -212,9 +234,9 @@ func (s *Server) jsonErrors(mux *http.ServeMux) http.Handler {
 		switch allow := found.header.Get("Allow"); {
 		case found.status == http.StatusMethodNotAllowed:
 			w.Header().Set("Allow", allow)
-			s.writeError(w, r, fail(CodeNotAllowed, "", "%s does not take %s, only %s", r.URL.Path, r.Method, allow))
+			writeError(w, r, log, fail(CodeNotAllowed, "", "%s does not take %s, only %s", r.URL.Path, r.Method, allow))
 		default:
-			s.writeError(w, r, fail(CodeNotFound, "", "there is nothing at %s", r.URL.Path))
+			writeError(w, r, log, fail(CodeNotFound, "", "there is nothing at %s", r.URL.Path))
 		}
 	})
 }
@@ -238,10 +260,10 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 	_ = out.Encode(body) // a client that is gone does not want it
 }
 
-func (s *Server) writeError(w http.ResponseWriter, r *http.Request, err error) {
+func writeError(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	e := asError(err)
 	if e.Code == CodeInternal {
-		s.Log.Error("a request ended in an error", "method", r.Method, "path", r.URL.Path, "err", err)
+		log.Error("a request ended in an error", "method", r.Method, "path", r.URL.Path, "err", err)
 	}
 	writeJSON(w, statusOf[e.Code], struct {
 		Error *Error `json:"error"`
