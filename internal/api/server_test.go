@@ -368,7 +368,7 @@ func TestSockets(t *testing.T) {
 			t.Errorf("%s: mode %v, want %v, error %v", path, info.Mode().Perm(), mode, err)
 		}
 	}
-	if _, err := listen(w.Socket); err == nil || !strings.Contains(err.Error(), "another node serves on it") {
+	if _, err := Listen(w.Socket); err == nil || !strings.Contains(err.Error(), "another node serves on it") {
 		t.Errorf("a socket in use: error %v", err)
 	}
 	old := filepath.Join(filepath.Dir(w.Socket), "old.sock")
@@ -382,7 +382,7 @@ func TestSockets(t *testing.T) {
 	}
 	_, err = Dial(old).Status(t.Context())
 	wantCode(t, err, CodeNoNode, "no node answers on "+old)
-	fresh, err := listen(old)
+	fresh, err := Listen(old)
 	if err != nil {
 		t.Fatalf("a socket that was left behind: %v", err)
 	}
