@@ -30,6 +30,7 @@ var packages = map[string]struct {
 
 	"child":    {layer: 1, mustNotKnow: []string{"catalog"}},
 	"haproxy":  {layer: 1, mustNotKnow: []string{"catalog"}},
+	"nspawn":   {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
 	"store":    {layer: 1, mustNotKnow: []string{"catalog"}},
 	"systemd":  {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
 	"registry": {layer: 1, mustNotKnow: []string{"store", "catalog", "haproxy"}},

@@ -1,0 +1,158 @@
+package nspawn
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// DefaultRelease is the release of Debian that machines get.
+const DefaultRelease = "trixie"
+
+// Releases are the releases of Debian that machines can have.
+var releases = []string{"trixie", "bookworm"}
+
+// Releases returns the releases of Debian that machines can have, the default
+// first.
+func Releases() []string { return slices.Clone(releases) }
+
+// What a root file system has beyond Debian's minimum.
+var packages = []string{
+	"systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "sudo", "haproxy", "nftables", "iptables", "iproute2", "curl",
+	"ca-certificates", "procps", "less", "netcat-openbsd", "bind9-dnsutils", "busybox", "etcd-client",
+}
+
+// What dpkg leaves out; nobody reads manuals there.
+var leftOut = []string{"/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*"}
+
+// customize runs on the host with the new root file system as first argument.
+//
+//go:embed customize.sh
+var customize string
+
+// recipe returns what a root file system is made of. The same recipe makes the
+// same file system, but for newer versions of packages.
+func recipe(release string) []string {
+	args := []string{"--mode=root", "--variant=minbase", "--format=directory", "--include=" + strings.Join(packages, ","), "--dpkgopt=force-unsafe-io"}
+	for _, path := range leftOut {
+		args = append(args, "--dpkgopt=path-exclude="+path)
+	}
+	return append(args, "--customize-hook="+customize, release)
+}
+
+// Image returns the directory of a root file system of the release. The first
+// call for a release makes it, which takes minutes and the network; the others
+// find it in the cache.
+func (h *Host) Image(ctx context.Context, release string) (string, error) {
+	if !slices.Contains(releases, release) {
+		return "", fmt.Errorf("there are no machines with Debian %q: choose one of %s", release, strings.Join(releases, ", "))
+	}
+	sum := sha256.Sum256([]byte(strings.Join(recipe(release), "\n")))
+	dir := filepath.Join(h.Cache, release+"-"+hex.EncodeToString(sum[:6]))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	if err := os.MkdirAll(h.Cache, 0o711); err != nil {
+		return "", fmt.Errorf("make a root file system: %w", err)
+	}
+	held, err := lock(ctx, h.Cache)
+	if err != nil {
+		return "", fmt.Errorf("make a root file system: %w", err)
+	}
+	defer held.release()
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil // somebody else made it while this one waited
+	}
+	began := time.Now()
+	h.Log.Info("making the root file system, once", "release", release, "path", dir)
+	if err := h.build(ctx, release, dir, held); err != nil {
+		return "", fmt.Errorf("make a root file system of Debian %s: %w", release, err)
+	}
+	h.Log.Info("the root file system is made", "release", release, "took", time.Since(began).Round(time.Second))
+	return dir, nil
+}
+
+// ImageCached reports whether Image of this release will return at once.
+func (h *Host) ImageCached(release string) bool {
+	sum := sha256.Sum256([]byte(strings.Join(recipe(release), "\n")))
+	_, err := os.Stat(filepath.Join(h.Cache, release+"-"+hex.EncodeToString(sum[:6])))
+	return err == nil
+}
+
+// build makes the root file system beside dir and renames it. Nobody else does
+// so while held is: what an earlier build has left is removed first.
+func (h *Host) build(ctx context.Context, release, dir string, held *held) error {
+	left, err := filepath.Glob(filepath.Join(h.Cache, ".build-*"))
+	if err != nil {
+		return err
+	}
+	for _, l := range left {
+		if err := os.RemoveAll(l); err != nil {
+			return err
+		}
+	}
+	work := filepath.Join(h.Cache, ".build-"+filepath.Base(dir))
+	if err := os.Mkdir(work, 0o711); err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(work) }()
+	targets, err := run(ctx, "apt-get", "indextargets", "--format", indexFormat, "Created-By: Packages")
+	if err != nil {
+		targets = "" // not a Debian: the public mirror then
+	}
+	config, err := run(ctx, "apt-config", "dump", "Acquire")
+	if err != nil {
+		config = ""
+	}
+	args := recipe(release)
+	root := filepath.Join(work, "root")
+	// mmdebstrap takes its arguments in this order: options, release, target, sources.
+	args = slices.Concat(args[:len(args)-1], aptOptions(config), []string{release, root, "-"})
+	log, err := os.Create(filepath.Join(work, "log"))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = log.Close() }() // read only when mmdebstrap has written it
+	if err := ends(ctx, strings.Join(sourceLines(release, targets), "\n")+"\n", log, held.file, "mmdebstrap", args...); err != nil {
+		said, _ := os.ReadFile(log.Name())
+		return fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(string(said), 6))
+	}
+	return os.Rename(root, dir)
+}
+
+// ends runs a program that, with all its children, ends when this process does
+// and that holds on to lock until then.
+func ends(ctx context.Context, stdin string, log, lock *os.File, name string, args ...string) error {
+	done := make(chan error, 1)
+	go func() {
+		// The kernel sends the death signal when the thread ends that started the
+		// child, so the thread must not end before.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		cmd := exec.CommandContext(ctx, "unshare", append([]string{"--pid", "--fork", "--kill-child", "--mount-proc", name}, args...)...)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), log, log
+		cmd.ExtraFiles = []*os.File{lock}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+		done <- cmd.Run()
+	}()
+	if err := <-done; err != nil {
+		return errors.Join(context.Cause(ctx), err)
+	}
+	return nil
+}
+
+func lastLines(text string, n int) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}

@@ -1,0 +1,323 @@
+package nspawn
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A machine is made in the directory of its record, <state>/<cluster>/nodes/<name>.
+type state string
+
+const (
+	stateMaking  state = "making"
+	stateReady   state = "ready"
+	stateLeaving state = "leaving"
+)
+
+// machine is the record of a machine, on disk before anything else of it is
+// made and until everything else of it is gone.
+type machine struct {
+	V         int               `json:"v"`
+	Name      string            `json:"name"`
+	State     state             `json:"state"`
+	Release   string            `json:"release"`
+	Image     string            `json:"image"` // directory of the root file system it starts from
+	Index     int               `json:"index"` // last byte of the address, 11 to 254
+	Address   netip.Addr        `json:"address"`
+	MachineID string            `json:"machine_id"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Created   time.Time         `json:"created"`
+
+	dir string
+}
+
+// network is the record of a cluster.
+type network struct {
+	V      int          `json:"v"`
+	Prefix netip.Prefix `json:"prefix"` // a /24; .1 is the host
+	Made   time.Time    `json:"made"`
+}
+
+var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,28}[a-z0-9])?$`)
+
+// checkName accepts what can be a host name, a directory and part of the name
+// of a network interface.
+func checkName(what, name string) error {
+	if !nameForm.MatchString(name) {
+		return fmt.Errorf("%q is not a name for a %s: use 1 to 30 lower-case letters, digits and '-', with no '-' at either end", name, what)
+	}
+	return nil
+}
+
+// reserve writes down a machine with a free address, and the cluster if this is
+// its first machine. One that is known already is returned as it is.
+func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, network, error) {
+	var all *held
+	err := ErrNotFound
+	for errors.Is(err, ErrNotFound) { // whoever removes the last cluster removes the directory
+		if err := os.MkdirAll(c.host.State, 0o711); err != nil {
+			return machine{}, network{}, err
+		}
+		all, err = lock(ctx, c.host.State)
+	}
+	if err != nil {
+		return machine{}, network{}, err
+	}
+	defer all.release()
+	n, err := c.readNetwork()
+	if errors.Is(err, ErrNotFound) {
+		n, err = c.found()
+	}
+	if err != nil {
+		return machine{}, n, err
+	}
+	known, err := c.machines()
+	if err != nil {
+		return machine{}, n, err
+	}
+	taken := map[int]bool{}
+	for _, m := range known {
+		if m.Name == s.Name {
+			return m, n, nil
+		}
+		taken[m.Index] = true
+	}
+	index := 11
+	for taken[index] {
+		index++
+	}
+	if index > 254 {
+		return machine{}, n, fmt.Errorf("cluster %s has no address left in %s", c.name, n.Prefix)
+	}
+	var id [16]byte
+	_, _ = rand.Read(id[:]) // it never fails
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80
+	m := machine{
+		V: 1, Name: s.Name, State: stateMaking, Release: s.Release, Image: image, Index: index, Address: hostAddress(n.Prefix, index),
+		MachineID: hex.EncodeToString(id[:]), Labels: s.Labels, Created: time.Now().UTC().Truncate(time.Second), dir: c.machineDir(s.Name),
+	}
+	if err := os.MkdirAll(m.dir, 0o700); err != nil {
+		return m, n, err
+	}
+	return m, n, m.write()
+}
+
+// found writes down a new cluster with a free network. The caller holds the
+// lock of the host's state.
+func (c *Cluster) found() (network, error) {
+	used, err := usedNetworks()
+	if err != nil {
+		return network{}, err
+	}
+	names, err := c.host.Clusters()
+	if err != nil {
+		return network{}, err
+	}
+	for _, name := range names {
+		other := Cluster{c.host, name}
+		if n, err := other.readNetwork(); err == nil {
+			used = append(used, n.Prefix)
+		}
+	}
+	prefix, err := freeNetwork(used)
+	if err != nil {
+		return network{}, err
+	}
+	n := network{V: 1, Prefix: prefix, Made: time.Now().UTC().Truncate(time.Second)}
+	if err := os.MkdirAll(filepath.Join(c.dir(), "nodes"), 0o711); err != nil {
+		return n, err
+	}
+	return n, writeJSON(filepath.Join(c.dir(), "cluster.json"), n)
+}
+
+func (c *Cluster) readNetwork() (network, error) {
+	var n network
+	err := readJSON(filepath.Join(c.dir(), "cluster.json"), &n)
+	if err == nil && (!n.Prefix.Addr().Is4() || n.Prefix.Bits() != 24) {
+		err = fmt.Errorf("%s is damaged: %s is no network of a cluster", filepath.Join(c.dir(), "cluster.json"), n.Prefix)
+	}
+	return n, err
+}
+
+// machines returns the records of all machines. A directory without a record is
+// a machine of which nothing else was made yet, or all else is gone.
+func (c *Cluster) machines() ([]machine, error) {
+	names, err := directories(filepath.Join(c.dir(), "nodes"))
+	if err != nil {
+		return nil, err
+	}
+	var all []machine
+	for _, name := range names {
+		m, err := readMachine(c.machineDir(name))
+		if errors.Is(err, ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, m)
+	}
+	return all, nil
+}
+
+// readMachine returns the record in dir. A directory without one is a machine
+// that is leaving.
+func readMachine(dir string) (machine, error) {
+	m := machine{}
+	err := readJSON(filepath.Join(dir, "machine.json"), &m)
+	if errors.Is(err, ErrNotFound) {
+		if _, there := os.Stat(dir); there == nil {
+			m, err = machine{V: 1, Name: filepath.Base(dir), State: stateLeaving}, nil
+		}
+	}
+	m.dir = dir
+	return m, err
+}
+
+func (m machine) write() error { return writeJSON(filepath.Join(m.dir, "machine.json"), m) }
+
+// remove removes the machine's directory, its record last.
+func (m machine) remove() error {
+	return removeButLast(m.dir, "machine.json")
+}
+
+// removeDir removes the cluster's directory, its record last.
+func (c *Cluster) removeDir() error { return removeButLast(c.dir(), "cluster.json") }
+
+func removeButLast(dir, last string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != last {
+			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+func readJSON(path string, v any) error {
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return ErrNotFound
+	}
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(raw, v); err != nil {
+		return fmt.Errorf("%s is damaged: %w", path, err)
+	}
+	return nil
+}
+
+// writeJSON replaces the file so that a crash leaves the old or the new one.
+func writeJSON(path string, v any) error {
+	raw, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return replaceFile(path, append(raw, '\n'), 0o644)
+}
+
+func replaceFile(path string, text []byte, mode fs.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return err
+}
+
+// directories returns the names of the directories in dir, sorted; none if dir
+// is not there.
+func directories(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") {
+			names = append(names, e.Name())
+		}
+	}
+	return names, err
+}
+
+// held is the lock of a directory. Programs that inherit file hold it too.
+type held struct{ file *os.File }
+
+// lock waits until nobody else holds the directory. It returns ErrNotFound if
+// the directory is not there, or no longer.
+func lock(ctx context.Context, dir string) (*held, error) {
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNotFound
+	}
+	if err != nil {
+		return nil, err
+	}
+	var failed error
+	err = until(ctx, "whoever else works on "+dir, func() bool {
+		failed = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		return !errors.Is(failed, unix.EWOULDBLOCK) && !errors.Is(failed, unix.EINTR)
+	})
+	if err == nil {
+		err = failed
+	}
+	if err == nil {
+		is, err1 := f.Stat()
+		now, err2 := os.Stat(dir)
+		switch {
+		case err1 != nil:
+			err = err1
+		case err2 != nil || !os.SameFile(is, now):
+			err = ErrNotFound // it was removed meanwhile
+		}
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return &held{f}, nil
+}
+
+func (h *held) release() { _ = h.file.Close() }
+
+// copyFile copies a file of the host.
+func copyFile(from, to string, mode fs.FileMode) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.Close() }() // only read
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Chmod(mode), out.Close())
+}
