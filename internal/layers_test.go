@@ -38,7 +38,8 @@ var packages = map[string]struct {
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},
 	"router": {layer: 2},
 
-	"api": {layer: 3},
+	"api":      {layer: 3},
+	"fleetapi": {layer: 3, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 
 	"node": {layer: 4},
 }

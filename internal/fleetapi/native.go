@@ -1,0 +1,236 @@
+package fleetapi
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+
+	"flotilla/internal/registry"
+	"flotilla/internal/store"
+	"flotilla/internal/unit"
+)
+
+const (
+	// maxSubmission is the length of the longest body of POST /v1/units.
+	maxSubmission = 64 << 20
+	// maxRequest is that of all other bodies.
+	maxRequest = 1 << 20
+)
+
+// NativeRoutes adds the native API to mux.
+func (h *Handler) NativeRoutes(mux *http.ServeMux) {
+	handle := func(pattern string, limit int64, answer func(r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			r.Body = http.MaxBytesReader(w, r.Body, limit)
+			body, err := answer(r)
+			if err != nil {
+				h.writeError(w, r, err)
+				return
+			}
+			writeJSON(w, http.StatusOK, body)
+		})
+	}
+	handle("POST /v1/units", maxSubmission, h.postUnits)
+	handle("POST /v1/units/change", maxRequest, h.postChanges)
+	handle("GET /v1/units", maxRequest, h.getUnits)
+	handle("GET /v1/units/{name}", maxRequest, h.getUnit)
+	handle("GET /v1/units/{name}/explain", maxRequest, h.explain)
+	handle("POST /v1/units/{name}/move", maxRequest, h.postMove)
+	handle("GET /v1/rebalance", maxRequest, h.getRebalance)
+	handle("POST /v1/rebalance", maxRequest, h.postRebalance)
+	handle("GET /v1/machines", maxRequest, h.getMachines)
+	handle("POST /v1/machines/{id}/settings", maxRequest, h.postSettings)
+	handle("POST /v1/failover", maxRequest, h.postFailover)
+}
+
+func writeJSON(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	out := json.NewEncoder(w)
+	out.SetEscapeHTML(false)
+	_ = out.Encode(body) // a client that is gone does not want it
+}
+
+func (h *Handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
+	e := asError(err)
+	if e.status == http.StatusInternalServerError && r.Context().Err() == nil {
+		h.Log.Error("a request ended in an error", "method", r.Method, "path", r.URL.Path, "err", err)
+	}
+	writeJSON(w, e.status, map[string]*Error{"error": e})
+}
+
+// asError gives an error its code; one that has a code keeps it.
+func asError(err error) *Error {
+	var e *Error
+	switch {
+	case errors.As(err, &e):
+		return e
+	case errors.Is(err, store.ErrConflict):
+		return fail(http.StatusConflict, "run it again", "%v", err)
+	case errors.Is(err, store.ErrUnknown):
+		return fail(http.StatusGatewayTimeout, "look with: flotilla list-unit-files", "%v", err)
+	case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return fail(http.StatusServiceUnavailable, "see: flotilla status, flotilla doctor", "%v", err)
+	}
+	return fail(http.StatusInternalServerError, "", "%v", err)
+}
+
+// readBody decodes a JSON body strictly into v.
+func readBody(r *http.Request, v any) error {
+	in := json.NewDecoder(r.Body)
+	in.DisallowUnknownFields()
+	err := in.Decode(v)
+	if err == nil && in.More() {
+		err = errors.New("more than one JSON value")
+	}
+	var large *http.MaxBytesError
+	switch {
+	case errors.As(err, &large):
+		return fail(http.StatusRequestEntityTooLarge, "split it", "the request's body is larger than %d bytes", large.Limit)
+	case errors.Is(err, io.EOF):
+		return fail(http.StatusBadRequest, "", "%s %s takes a body, and there is none", r.Method, r.URL.Path)
+	case err != nil:
+		return fail(http.StatusBadRequest, "", "the request's body is not what %s %s takes: %v", r.Method, r.URL.Path, err)
+	}
+	return nil
+}
+
+func (h *Handler) postUnits(r *http.Request) (any, error) {
+	var in Submissions
+	if err := readBody(r, &in); err != nil {
+		return nil, err
+	}
+	out := Results{Results: make([]Result, len(in.Units))}
+	var names []string
+	var decisions []func(record[registry.Unit]) step
+	var place []int // in the request
+	known := map[string]bool{}
+	for i, s := range in.Units {
+		if known[s.Name] {
+			out.Results[i] = Result{Name: s.Name, Outcome: Refused, Reason: "the request has another unit of this name before it"}
+			continue
+		}
+		known[s.Name] = true
+		names, decisions, place = append(names, s.Name), append(decisions, submit(s)), append(place, i)
+	}
+	return h.carryOut(r.Context(), out, names, decisions, place)
+}
+
+func (h *Handler) postChanges(r *http.Request) (any, error) {
+	var in Changes
+	if err := readBody(r, &in); err != nil {
+		return nil, err
+	}
+	asked := 0
+	for _, set := range []bool{in.Desired != "", in.Restart, in.Destroy} {
+		if set {
+			asked++
+		}
+	}
+	if asked != 1 {
+		return nil, fail(http.StatusBadRequest, "", "give one of desired, restart and destroy")
+	}
+	if in.Desired != "" {
+		if _, err := registry.ParseDesired(string(in.Desired)); err != nil {
+			return nil, fail(http.StatusBadRequest, "", "%v", err)
+		}
+	}
+	out := Results{Results: make([]Result, 0, len(in.Names))}
+	var names []string
+	var decisions []func(record[registry.Unit]) step
+	var place []int
+	for _, name := range in.Names {
+		if slices.Contains(names, name) {
+			continue
+		}
+		names, decisions, place = append(names, name), append(decisions, alter(name, in)), append(place, len(names))
+	}
+	out.Results = make([]Result, len(names))
+	return h.carryOut(r.Context(), out, names, decisions, place)
+}
+
+// carryOut makes the decisions and fills in the results at their places.
+func (h *Handler) carryOut(ctx context.Context, out Results, names []string, decisions []func(record[registry.Unit]) step, place []int) (any, error) {
+	steps, revision, err := h.change(ctx, names, func(i int, have record[registry.Unit]) step { return decisions[i](have) })
+	if err != nil {
+		return nil, err
+	}
+	for i, s := range steps {
+		out.Results[place[i]] = s.result
+	}
+	out.Revision = revision
+	return out, nil
+}
+
+func (h *Handler) getUnits(r *http.Request) (any, error) {
+	v, err := h.read(r.Context(), r.URL.Query()["name"])
+	if err != nil {
+		return nil, err
+	}
+	return Units{Revision: v.revision, Units: v.all(h.Keys)}, nil
+}
+
+// one reads one unit.
+func (h *Handler) one(ctx context.Context, name string) (*view, record[registry.Unit], error) {
+	v, err := h.readNamed(ctx, []string{name})
+	if err != nil {
+		return nil, record[registry.Unit]{}, err
+	}
+	if len(v.units) == 0 {
+		return nil, record[registry.Unit]{}, fail(http.StatusNotFound, "list them with: flotilla list-unit-files", "there is no unit %q", name)
+	}
+	return v, v.units[0], nil
+}
+
+func (h *Handler) getUnit(r *http.Request) (any, error) {
+	v, rec, err := h.one(r.Context(), r.PathValue("name"))
+	if err != nil {
+		return nil, err
+	}
+	u := v.unit(r.PathValue("name"), rec)
+	u.Text = rec.registry.Text
+	if f, err := unit.Parse(u.Text); err == nil {
+		u.Serialized = f.Serialize()
+	}
+	return u, nil
+}
+
+func (h *Handler) postMove(r *http.Request) (any, error) {
+	var in MoveRequest
+	if err := readBody(r, &in); err != nil {
+		return nil, err
+	}
+	ctx, name := r.Context(), r.PathValue("name")
+	v, rec, err := h.one(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	f := &fleet{machines: v.machines}
+	id, err := f.find(in.To, false)
+	if err != nil {
+		return nil, err
+	}
+	u := v.unit(name, rec)
+	out := Moved{Machine: v.ref(id), Revision: v.revision}
+	switch {
+	case u.Global:
+		return nil, fail(http.StatusConflict, "", "unit %s is global: it runs on every machine that is fit for it", name)
+	case u.Desired == registry.Inactive || u.Desired == "":
+		return nil, fail(http.StatusConflict, "start it, then move it", "unit %s is inactive and on no machine", name)
+	case u.Machine != nil && u.Machine.ID == id && u.MovingTo == "", u.MovingTo == id:
+		return out, nil
+	}
+	m := registry.Move{V: registry.Version, To: id, Reason: cmp.Or(in.Reason, "somebody asked for it")}
+	revision, err := h.Store.Apply(ctx, []store.Op{store.Put(h.Keys.Move(name), registry.Encode(m))}, store.Present(h.Keys.Unit(name)))
+	if err != nil {
+		return nil, fmt.Errorf("move unit %s: %w", name, err)
+	}
+	h.Log.Info("unit is to move", "unit", name, "machine", id, "reason", m.Reason, "revision", revision)
+	out.Changed, out.Revision = true, revision
+	return out, nil
+}
