@@ -58,9 +58,8 @@ func (h *Host) Image(ctx context.Context, release string) (string, error) {
 	if !slices.Contains(releases, release) {
 		return "", fmt.Errorf("there are no machines with Debian %q: choose one of %s", release, strings.Join(releases, ", "))
 	}
-	sum := sha256.Sum256([]byte(strings.Join(recipe(release), "\n")))
-	dir := filepath.Join(h.Cache, release+"-"+hex.EncodeToString(sum[:6]))
-	if _, err := os.Stat(dir); err == nil {
+	dir := h.imageDir(release)
+	if h.ImageCached(release) {
 		return dir, nil
 	}
 	if err := os.MkdirAll(h.Cache, 0o711); err != nil {
@@ -71,7 +70,7 @@ func (h *Host) Image(ctx context.Context, release string) (string, error) {
 		return "", fmt.Errorf("make a root file system: %w", err)
 	}
 	defer held.release()
-	if _, err := os.Stat(dir); err == nil {
+	if h.ImageCached(release) {
 		return dir, nil // somebody else made it while this one waited
 	}
 	began := time.Now()
@@ -85,22 +84,20 @@ func (h *Host) Image(ctx context.Context, release string) (string, error) {
 
 // ImageCached reports whether Image of this release will return at once.
 func (h *Host) ImageCached(release string) bool {
-	sum := sha256.Sum256([]byte(strings.Join(recipe(release), "\n")))
-	_, err := os.Stat(filepath.Join(h.Cache, release+"-"+hex.EncodeToString(sum[:6])))
+	_, err := os.Stat(h.imageDir(release))
 	return err == nil
+}
+
+func (h *Host) imageDir(release string) string {
+	sum := sha256.Sum256([]byte(strings.Join(recipe(release), "\n")))
+	return filepath.Join(h.Cache, release+"-"+hex.EncodeToString(sum[:6]))
 }
 
 // build makes the root file system beside dir and renames it. Nobody else does
 // so while held is: what an earlier build has left is removed first.
 func (h *Host) build(ctx context.Context, release, dir string, held *held) error {
-	left, err := filepath.Glob(filepath.Join(h.Cache, ".build-*"))
-	if err != nil {
+	if err := h.removeLeft(); err != nil {
 		return err
-	}
-	for _, l := range left {
-		if err := os.RemoveAll(l); err != nil {
-			return err
-		}
 	}
 	work := filepath.Join(h.Cache, ".build-"+filepath.Base(dir))
 	if err := os.Mkdir(work, 0o711); err != nil {
@@ -129,6 +126,26 @@ func (h *Host) build(ctx context.Context, release, dir string, held *held) error
 		return fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(string(said), 6))
 	}
 	return os.Rename(root, dir)
+}
+
+// removeBuilds removes what killed builds have left, unless one is going on.
+func (h *Host) removeBuilds() error {
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	held, err := lock(now, h.Cache)
+	if err != nil {
+		return nil // somebody builds, or nobody ever did
+	}
+	defer held.release()
+	return h.removeLeft()
+}
+
+func (h *Host) removeLeft() error {
+	left, err := filepath.Glob(filepath.Join(h.Cache, ".build-*"))
+	for _, l := range left {
+		err = errors.Join(err, os.RemoveAll(l))
+	}
+	return err
 }
 
 // ends runs a program that, with all its children, ends when this process does

@@ -253,7 +253,7 @@ func (c *Cluster) Remove(ctx context.Context) error {
 			return fmt.Errorf("remove cluster %s: %w", c.name, err)
 		}
 	}
-	if err := c.removeRest(ctx); err != nil {
+	if err := errors.Join(c.removeRest(ctx), c.host.removeBuilds()); err != nil {
 		return fmt.Errorf("remove cluster %s: %w", c.name, err)
 	}
 	return nil

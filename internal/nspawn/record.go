@@ -50,6 +50,8 @@ type network struct {
 	V      int          `json:"v"`
 	Prefix netip.Prefix `json:"prefix"` // a /24; .1 is the host
 	Made   time.Time    `json:"made"`
+	// Labels are the creator's.
+	Labels map[string]string `json:"labels,omitempty"`
 }
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,28}[a-z0-9])?$`)
@@ -63,17 +65,57 @@ func checkName(what, name string) error {
 	return nil
 }
 
+// lockState holds what clusters there are.
+func (h *Host) lockState(ctx context.Context) (*held, error) {
+	for {
+		if err := os.MkdirAll(h.State, 0o711); err != nil {
+			return nil, err
+		}
+		// Whoever removes the last cluster removes the directory too.
+		if held, err := lock(ctx, h.State); !errors.Is(err, ErrNotFound) {
+			return held, err
+		}
+	}
+}
+
+// Found writes the cluster down, with labels instead of those that it had. It
+// makes nothing else: Create does.
+func (c *Cluster) Found(ctx context.Context, labels map[string]string) error {
+	held, err := c.host.lockState(ctx)
+	if err != nil {
+		return fmt.Errorf("found cluster %s: %w", c.name, err)
+	}
+	defer held.release()
+	n, err := c.readNetwork()
+	if errors.Is(err, ErrNotFound) {
+		n, err = c.found()
+	}
+	if err == nil {
+		n.Labels = labels
+		err = writeJSON(c.record(), n)
+	}
+	if err != nil {
+		return fmt.Errorf("found cluster %s: %w", c.name, err)
+	}
+	return nil
+}
+
+// Labels returns what Found was given, and the network of the cluster; an
+// error is ErrNotFound if there is no such cluster.
+func (c *Cluster) Labels() (labels map[string]string, prefix netip.Prefix, err error) {
+	n, err := c.readNetwork()
+	if err != nil {
+		return nil, netip.Prefix{}, fmt.Errorf("cluster %s: %w", c.name, err)
+	}
+	return n.Labels, n.Prefix, nil
+}
+
+func (c *Cluster) record() string { return filepath.Join(c.dir(), "cluster.json") }
+
 // reserve writes down a machine with a free address, and the cluster if this is
 // its first machine. One that is known already is returned as it is.
 func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, network, error) {
-	var all *held
-	err := ErrNotFound
-	for errors.Is(err, ErrNotFound) { // whoever removes the last cluster removes the directory
-		if err := os.MkdirAll(c.host.State, 0o711); err != nil {
-			return machine{}, network{}, err
-		}
-		all, err = lock(ctx, c.host.State)
-	}
+	all, err := c.host.lockState(ctx)
 	if err != nil {
 		return machine{}, network{}, err
 	}
@@ -141,14 +183,14 @@ func (c *Cluster) found() (network, error) {
 	if err := os.MkdirAll(filepath.Join(c.dir(), "nodes"), 0o711); err != nil {
 		return n, err
 	}
-	return n, writeJSON(filepath.Join(c.dir(), "cluster.json"), n)
+	return n, writeJSON(c.record(), n)
 }
 
 func (c *Cluster) readNetwork() (network, error) {
 	var n network
-	err := readJSON(filepath.Join(c.dir(), "cluster.json"), &n)
+	err := readJSON(c.record(), &n)
 	if err == nil && (!n.Prefix.Addr().Is4() || n.Prefix.Bits() != 24) {
-		err = fmt.Errorf("%s is damaged: %s is no network of a cluster", filepath.Join(c.dir(), "cluster.json"), n.Prefix)
+		err = fmt.Errorf("%s is damaged: %s is no network of a cluster", c.record(), n.Prefix)
 	}
 	return n, err
 }
