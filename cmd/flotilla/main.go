@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -29,7 +30,16 @@ const (
 	exitNotConverged = 3
 )
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	face := run
+	switch filepath.Base(os.Args[0]) {
+	case "fleetctl":
+		face = runFleetctl
+	case "fleetd":
+		face = runFleetd
+	}
+	os.Exit(face(os.Args[1:], os.Stdout, os.Stderr))
+}
 
 // run executes one command line and returns the exit code.
 func run(args []string, stdout, stderr io.Writer) int {
@@ -48,8 +58,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // cli is what the commands share.
 type cli struct {
-	socket string
-	output string // text or json
+	socket  string
+	cluster string // on this machine, whose nodes are asked; see clusterSocket
+	output  string // text or json
+
+	fleet   bool // it speaks as fleetctl does
+	reach   fleetReach
+	connect func() *api.Client // nil: to socket
 }
 
 func newRoot() *cobra.Command {
@@ -71,8 +86,23 @@ answers their names in DNS. What is wanted is written to etcd; each node follows
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage(err.Error(), cmd.CommandPath()+" --help")
 	})
-	root.AddCommand(c.nodeCommand(), c.storeCommand(), c.servicesCommand(), c.nodesCommand(), c.statusCommand(), c.doctorCommand(), versionCommand())
+	section(root, "Services", c.servicesCommand())
+	section(root, "Units", c.submitCommand(), c.loadCommand(), c.startCommand(), c.stopCommand(), c.restartCommand(), c.unloadCommand(), c.destroyCommand(),
+		c.catCommand(), c.verifyCommand(), c.listUnitsCommand(), c.listUnitFilesCommand(), c.explainCommand(), c.moveCommand())
+	section(root, "Machines", c.machinesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand())
+	section(root, "Cluster", c.nodesCommand(), c.clusterCommand())
+	section(root, "Node", c.nodeCommand(), c.storeCommand(), c.statusCommand(), c.doctorCommand())
+	root.AddCommand(versionCommand())
 	return root
+}
+
+// section adds commands to root below a title of the help text.
+func section(root *cobra.Command, title string, commands ...*cobra.Command) {
+	root.AddGroup(&cobra.Group{ID: title, Title: title + ":"})
+	for _, cmd := range commands {
+		cmd.GroupID = title
+	}
+	root.AddCommand(commands...)
 }
 
 // clientFlags are those of every command that asks a node.
@@ -82,8 +112,12 @@ func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
 		socket = s
 	}
 	cmd.PersistentFlags().StringVar(&c.socket, "socket", socket, "unix socket of the node's API (also FLOTILLA_SOCKET)")
+	cmd.PersistentFlags().StringVar(&c.cluster, "cluster", os.Getenv("FLOTILLA_CLUSTER"), "cluster on this machine whose nodes are asked (also FLOTILLA_CLUSTER; see flotilla cluster)")
 	cmd.PersistentFlags().StringVarP(&c.output, "output", "o", "text", "text or json")
 	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := c.clusterSocket(cmd); err != nil {
+			return err
+		}
 		if c.output != "text" && c.output != "json" {
 			return usage(fmt.Sprintf("--output %q is neither text nor json", c.output), cmd.CommandPath()+" --help")
 		}
@@ -92,7 +126,12 @@ func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
-func (c *cli) dial() *api.Client { return api.Dial(c.socket) }
+func (c *cli) dial() *api.Client {
+	if c.connect != nil {
+		return c.connect()
+	}
+	return api.Dial(c.socket)
+}
 
 // usageError is a command line that makes no sense.
 type usageError struct{ text, hint string }

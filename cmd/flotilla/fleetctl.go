@@ -1,0 +1,183 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"flotilla/internal/api"
+)
+
+// fleetctl: the same program under another name takes fleetctl's flags, prints
+// its texts and ends with its exit codes.
+
+// fleetSays is an error in fleetctl's words.
+type fleetSays struct {
+	prefix string
+	err    error
+}
+
+// fleetText is an error that says what fleetctl says.
+func fleetText(format string, args ...any) error { return fleetSays{fmt.Sprintf(format, args...), nil} }
+
+func (e fleetSays) Error() string {
+	if e.err == nil {
+		return e.prefix
+	}
+	var answer *api.Error
+	if text := e.err.Error(); !errors.As(e.err, &answer) || answer.Status == 0 {
+		return e.prefix + text
+	}
+	// The text that people's scripts look for.
+	return e.prefix + strings.Replace(e.err.Error(), answer.Message, fmt.Sprintf("googleapi: Error %d: %s", answer.Status, answer.Message), 1)
+}
+
+func (e fleetSays) Unwrap() error { return e.err }
+
+// closing is an error with text behind it.
+type closing struct {
+	error
+	text string
+}
+
+func (e closing) Error() string { return e.error.Error() + e.text }
+func (e closing) Unwrap() error { return e.error }
+
+// runFleetctl executes one command line of fleetctl and returns the exit code.
+func runFleetctl(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	cobra.EnablePrefixMatching = true
+	root := newFleetctl(&cli{fleet: true}, os.Environ())
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitDone
+	}
+	return reportFleet(cmd, stderr, err)
+}
+
+// reportFleet prints err as fleetctl does and returns the exit code.
+func reportFleet(cmd *cobra.Command, w io.Writer, err error) int {
+	var bad *usageError
+	var own exitCode
+	switch {
+	case errors.Is(err, errReported):
+		return exitFailed
+	case errors.As(err, &bad):
+		// Old scripts give flags that do not exist, and fleetctl takes that
+		// for a call for help.
+		say(w, "cannot execute cmdFleet: %v\n%s", err, cmd.UsageString())
+		if bad.hint == fleetUnknown {
+			return exitFailed
+		}
+		return exitDone
+	}
+	code := exitFailed
+	if errors.As(err, &own) && own.code != exitNotConverged {
+		code = own.code
+	}
+	text := err.Error()
+	var said fleetSays
+	if !errors.As(err, &said) {
+		text = fleetSays{err: err}.Error()
+	}
+	say(w, "%s\n", strings.TrimSuffix(text, "\n"))
+	return code
+}
+
+// fleetUnknown is the hint of a command that does not exist.
+const fleetUnknown = "fleetctl help"
+
+// fleetOptions are fleetctl's own global flags.
+type fleetOptions struct {
+	driver, etcdPrefix string
+	requestTimeout     float64
+	experimental       bool
+	debug              bool
+}
+
+func newFleetctl(c *cli, environ []string) *cobra.Command {
+	var o fleetOptions
+	root := &cobra.Command{
+		Use:   "fleetctl",
+		Short: "fleetctl for a cluster of flotilla",
+		Long: fmt.Sprintf(`fleetctl for a cluster of flotilla: fleet's commands, flags and output.
+
+Version: %s
+
+Global options can also be given in the environment: --some-flag as FLEETCTL_SOME_FLAG.
+Commands may be shortened, as long as it is clear which is meant.`, version),
+		SilenceErrors: true, SilenceUsage: true,
+		Version: version,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(fmt.Sprintf("unknown command %q for \"fleetctl\"", args[0]), fleetUnknown)
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetVersionTemplate("fleetctl version {{.Version}}\n")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(err.Error(), cmd.CommandPath()+" --help") })
+	root.CompletionOptions.DisableDefaultCmd = true
+	fl := root.PersistentFlags()
+	c.fleetEndpointFlags(fl)
+	fl.StringVar(&o.driver, "driver", "API", "only API is there: the cluster is never spoken to through etcd")
+	fl.BoolVar(&o.debug, "debug", false, "accepted for old scripts")
+	fl.Float64Var(&o.requestTimeout, "request-timeout", 3, "accepted for old scripts")
+	fl.StringVar(&o.etcdPrefix, "etcd-key-prefix", "", "accepted for old scripts")
+	fl.BoolVar(&o.experimental, "experimental-api", true, "DEPRECATED: do not use this flag.")
+	for _, name := range []string{"etcd-keyfile", "etcd-certfile", "etcd-cafile"} {
+		fl.String(name, "", "DEPRECATED: do not use this flag.")
+	}
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := fromEnvironment(fl, "FLEETCTL_", environ); err != nil {
+			return err
+		}
+		if !strings.EqualFold(o.driver, "API") && o.driver != "" {
+			return fleetText("Unable to initialize client: unrecognized driver %q", o.driver)
+		}
+		if cmd.Name() == "help" || cmd.Name() == "version" || cmd == root {
+			return nil
+		}
+		return c.fleetEndpoint()
+	}
+	root.AddCommand(c.catCommand(), c.destroyCommand(), c.listMachinesCommand(), c.listUnitFilesCommand(), c.listUnitsCommand(),
+		c.loadCommand(), c.restartCommand(), c.startCommand(), c.stopCommand(), c.submitCommand(), c.unloadCommand(), c.verifyCommand(),
+		&cobra.Command{
+			Use: "version", Short: "Print the version and exit",
+			Run: func(cmd *cobra.Command, _ []string) { say(cmd.OutOrStdout(), "fleetctl version %s\n", version) },
+		})
+	return root
+}
+
+// fromEnvironment sets the flags that were not given from variables such as
+// FLEETCTL_ENDPOINT.
+func fromEnvironment(fl *pflag.FlagSet, prefix string, environ []string) error {
+	vars := map[string]string{}
+	for _, line := range environ {
+		name, value, _ := strings.Cut(line, "=")
+		vars[name] = value
+	}
+	var wrong error
+	fl.VisitAll(func(f *pflag.Flag) {
+		name := prefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if value := vars[name]; value != "" && !f.Changed && wrong == nil {
+			if err := fl.Set(f.Name, value); err != nil {
+				wrong = usage(fmt.Sprintf("%s=%q: %v", name, value, err), "fleetctl --help")
+			}
+		}
+	})
+	return wrong
+}

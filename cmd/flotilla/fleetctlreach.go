@@ -1,0 +1,119 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"flotilla/internal/api"
+	"flotilla/internal/node"
+)
+
+// fleetReach is how fleetctl is told to reach the cluster.
+type fleetReach struct {
+	endpoint, tunnel, username, knownHosts string
+	sshTimeout                             float64
+	strict                                 bool
+	caFile, certFile, keyFile              string
+}
+
+// fleetSocket is where fleetctl looks unless it is told otherwise.
+const fleetSocket = "/var/run/fleet.sock"
+
+func (c *cli) fleetEndpointFlags(fl *pflag.FlagSet) {
+	r := &c.reach
+	fl.StringVar(&r.endpoint, "endpoint", "unix://"+fleetSocket, "where the API is: unix:///PATH or http://HOST:PORT; if this socket is not there, the node's own")
+	fl.StringVar(&r.tunnel, "tunnel", "", "reach the API through ssh by way of HOST[:PORT]")
+	fl.StringVar(&r.username, "ssh-username", "core", "user on the other side of ssh")
+	fl.Float64Var(&r.sshTimeout, "ssh-timeout", 10, "seconds until an ssh connection has to be there")
+	fl.BoolVar(&r.strict, "strict-host-key-checking", true, "verify the keys of hosts that ssh connects to")
+	fl.StringVar(&r.knownHosts, "known-hosts-file", "~/.fleetctl/known_hosts", "the keys of hosts that are known")
+	fl.StringVar(&r.caFile, "ca-file", "", "certificate authority of an https endpoint (PEM)")
+	fl.StringVar(&r.certFile, "cert-file", "", "client certificate for an https endpoint (PEM)")
+	fl.StringVar(&r.keyFile, "key-file", "", "key of --cert-file (PEM)")
+}
+
+// fleetEndpoint makes dial lead to the endpoint.
+func (c *cli) fleetEndpoint() error {
+	first, more, several := strings.Cut(c.reach.endpoint, ",")
+	if several {
+		say(os.Stderr, "multiple endpoints provided but only the first (%s) is used, not %s\n", first, more)
+	}
+	dial, err := c.reach.dialer(first)
+	if err != nil {
+		return fleetSays{"Unable to initialize client: ", err}
+	}
+	client := api.Over(first, dial)
+	c.connect = func() *api.Client { return client }
+	return nil
+}
+
+// dialer returns what connects to an endpoint.
+func (r *fleetReach) dialer(endpoint string) (func(context.Context) (net.Conn, error), error) {
+	u, err := url.Parse(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	var d net.Dialer
+	switch u.Scheme {
+	case "":
+		return nil, errors.New("URL scheme undefined")
+	case "unix", "file":
+		if u.Host != "" {
+			return nil, fmt.Errorf("unable to connect to host %q with scheme %q", u.Host, u.Scheme)
+		}
+		path := u.Path
+		if _, err := os.Stat(path); path == fleetSocket && err != nil {
+			path = node.DefaultSocket()
+			if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
+				path = s
+			}
+		}
+		return func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "unix", path) }, nil
+	case "http", "https":
+		address := u.Host
+		if u.Port() == "" {
+			address = net.JoinHostPort(u.Hostname(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+		}
+		if u.Scheme == "http" {
+			return func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", address) }, nil
+		}
+		cfg, err := r.tls(u.Hostname())
+		if err != nil {
+			return nil, err
+		}
+		secure := tls.Dialer{NetDialer: &d, Config: cfg}
+		return func(ctx context.Context) (net.Conn, error) { return secure.DialContext(ctx, "tcp", address) }, nil
+	}
+	return nil, fmt.Errorf("unable to connect with scheme %q", u.Scheme)
+}
+
+func (r *fleetReach) tls(host string) (*tls.Config, error) {
+	cfg := &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}
+	if r.caFile != "" {
+		pem, err := os.ReadFile(r.caFile)
+		if err != nil {
+			return nil, err
+		}
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s has no certificate in it", r.caFile)
+		}
+	}
+	if r.certFile != "" || r.keyFile != "" {
+		pair, err := tls.LoadX509KeyPair(r.certFile, r.keyFile)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Certificates = []tls.Certificate{pair}
+	}
+	return cfg, nil
+}

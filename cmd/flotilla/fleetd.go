@@ -1,0 +1,320 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"flotilla/internal/node"
+)
+
+// fleetd: the same program under another name is a node that reads fleet's
+// configuration.
+
+// fleetConf is what fleet's configuration says, as far as it means something
+// here. The zero value of a field: it was not given.
+type fleetConf struct {
+	EtcdServers               []string
+	CertFile, KeyFile, CAFile string
+	KeyPrefix                 string // ends in a slash
+	PublicIP                  string
+	Metadata                  map[string]string
+	MachineTTL                time.Duration
+	UnitsDir                  string
+	TokenLimit                int
+	DisableEngine             bool
+	Verbosity                 int
+}
+
+// Where fleet's configuration is, unless -config names a file.
+const fleetConfFile = "/etc/fleet/fleet.conf"
+
+// fleetKeys are the keys that fleet knows, and what becomes of them: nil is
+// without meaning here.
+var fleetKeys = map[string]func(c *fleetConf, value string) error{
+	"verbosity":                 func(c *fleetConf, v string) (err error) { c.Verbosity, err = strconv.Atoi(v); return err },
+	"etcd_servers":              func(c *fleetConf, v string) (err error) { c.EtcdServers, err = servers(v); return err },
+	"etcd_keyfile":              func(c *fleetConf, v string) error { c.KeyFile = v; return nil },
+	"etcd_certfile":             func(c *fleetConf, v string) error { c.CertFile = v; return nil },
+	"etcd_cafile":               func(c *fleetConf, v string) error { c.CAFile = v; return nil },
+	"etcd_key_prefix":           func(c *fleetConf, v string) error { c.KeyPrefix = "/" + strings.Trim(v, "/") + "/"; return nil },
+	"public_ip":                 func(c *fleetConf, v string) error { c.PublicIP = v; return nil },
+	"metadata":                  func(c *fleetConf, v string) (err error) { c.Metadata, err = pairs(v); return err },
+	"agent_ttl":                 func(c *fleetConf, v string) (err error) { c.MachineTTL, err = time.ParseDuration(v); return err },
+	"units_directory":           func(c *fleetConf, v string) error { c.UnitsDir = v; return nil },
+	"token_limit":               func(c *fleetConf, v string) (err error) { c.TokenLimit, err = strconv.Atoi(v); return err },
+	"disable_engine":            func(c *fleetConf, v string) (err error) { c.DisableEngine, err = strconv.ParseBool(v); return err },
+	"etcd_username":             nil,
+	"etcd_password":             nil,
+	"systemd_user":              nil,
+	"enable_grpc":               nil,
+	"disable_watches":           nil,
+	"verify_units":              nil,
+	"authorized_keys_file":      nil,
+	"etcd_request_timeout":      nil,
+	"engine_reconcile_interval": nil,
+}
+
+// Keys without meaning here whose loss somebody may mind, unless they say no.
+var fleetLost = map[string]string{
+	"etcd_username":        "etcd is used without a user: give a client certificate (etcd_certfile, etcd_keyfile) instead",
+	"etcd_password":        "etcd is used without a user: give a client certificate (etcd_certfile, etcd_keyfile) instead",
+	"systemd_user":         "units are run by the system's systemd, not by a user's",
+	"verify_units":         "signatures of units are not verified; fleet gave that up too",
+	"authorized_keys_file": "signatures of units are not verified; fleet gave that up too",
+}
+
+// parseFleetConf reads the text of a configuration file, called where in errors,
+// and the environment, which counts more. warnings are about keys that mean
+// nothing here. All mistakes are returned at once.
+func parseFleetConf(text, where string, environ []string) (c fleetConf, warnings []string, err error) {
+	type setting struct{ value, where string }
+	given := map[string]setting{}
+	var wrong []error
+	number := 0
+	for line := range strings.Lines(text) {
+		number++
+		line = strings.TrimSpace(line)
+		if line == "" || line[0] == '#' || line[0] == ';' {
+			continue
+		}
+		at := fmt.Sprintf("%s:%d", where, number)
+		key, value, ok := strings.Cut(line, "=")
+		if !ok {
+			wrong = append(wrong, fmt.Errorf("%s: %q is not KEY=VALUE", at, line))
+			continue
+		}
+		given[strings.ToLower(strings.TrimSpace(key))] = setting{unquote(strings.TrimSpace(value)), at}
+	}
+	for _, variable := range environ {
+		name, value, _ := strings.Cut(variable, "=")
+		if key, ok := strings.CutPrefix(name, "FLEET_"); ok {
+			given[strings.ToLower(key)] = setting{unquote(value), name}
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(given)) {
+		s := given[key]
+		set, known := fleetKeys[key]
+		switch {
+		case !known:
+			warnings = append(warnings, fmt.Sprintf("%s: fleet has no setting %s, and it is not used", s.where, key))
+		case set == nil:
+			if text := fleetLost[key]; text != "" && s.value != "" && s.value != "false" {
+				warnings = append(warnings, fmt.Sprintf("%s: %s is not used: %s", s.where, key, text))
+			}
+		case s.value == "" && key != "metadata":
+		default:
+			if err := set(&c, s.value); err != nil {
+				wrong = append(wrong, fmt.Errorf("%s: %s=%s: %w", s.where, key, s.value, err))
+			}
+		}
+	}
+	return c, warnings, errors.Join(wrong...)
+}
+
+// unquote takes off quotes around the whole value.
+func unquote(s string) string {
+	for _, q := range []string{`"`, `'`} {
+		if len(s) > 1 && strings.HasPrefix(s, q) && strings.HasSuffix(s, q) {
+			return s[1 : len(s)-1]
+		}
+	}
+	return s
+}
+
+// servers reads http://a,http://b or ["http://a","http://b"].
+func servers(value string) ([]string, error) {
+	value = strings.TrimSuffix(strings.TrimPrefix(value, "["), "]")
+	var list []string
+	for s := range strings.SplitSeq(value, ",") {
+		if s = strings.TrimSuffix(unquote(strings.TrimSpace(s)), "/"); s == "" {
+			continue
+		}
+		if !strings.Contains(s, "://") {
+			s = "http://" + s
+		}
+		list = append(list, s)
+	}
+	if len(list) == 0 {
+		return nil, errors.New("names no server")
+	}
+	return list, nil
+}
+
+// pairs reads k=v,k2=v2; of two values for a key the last counts. What is no
+// pair is left out, as fleet does.
+func pairs(value string) (map[string]string, error) {
+	m := map[string]string{}
+	for pair := range strings.SplitSeq(value, ",") {
+		k, v, ok := strings.Cut(pair, "=")
+		k, v = strings.TrimSpace(k), strings.TrimSpace(v)
+		if ok && k != "" && v != "" {
+			m[k] = v
+		} else if strings.TrimSpace(pair) != "" {
+			return nil, fmt.Errorf("%q is not KEY=VALUE", strings.TrimSpace(pair))
+		}
+	}
+	return m, nil
+}
+
+// apply sets what the configuration says in a node's. A node that runs as fleetd
+// runs units and nothing else, and drains when it is stopped, as fleetd did.
+func (f *fleetConf) apply(c *node.Config) {
+	c.UnitsOnly, c.OnStop, c.LogFormat = true, "drain", "text"
+	c.EtcdEndpoints = f.EtcdServers
+	if len(c.EtcdEndpoints) == 0 {
+		c.EtcdEndpoints = []string{"http://127.0.0.1:2379"}
+	}
+	c.EtcdCertFile, c.EtcdKeyFile, c.EtcdCAFile = f.CertFile, f.KeyFile, f.CAFile
+	c.Address = f.PublicIP
+	c.Engine = !f.DisableEngine
+	for _, k := range slices.Sorted(maps.Keys(f.Metadata)) {
+		c.Metadata = append(c.Metadata, k+"="+f.Metadata[k])
+	}
+	if f.KeyPrefix != "" {
+		c.KeyPrefix = f.KeyPrefix
+	}
+	if f.UnitsDir != "" {
+		c.UnitsDir = f.UnitsDir
+	}
+	if f.TokenLimit != 0 {
+		c.TokenLimit = f.TokenLimit
+	}
+	if f.MachineTTL != 0 {
+		c.MachineTTL = int((f.MachineTTL + time.Second - 1) / time.Second)
+	}
+	if f.Verbosity > 0 {
+		c.LogLevel = "debug"
+	}
+}
+
+// routeAddress returns the address from which this machine speaks to others, or
+// "" if it has no route. Nothing is sent.
+func routeAddress() string {
+	conn, err := net.Dial("udp4", "192.0.2.1:9") // an address for documentation
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = conn.Close() }() // nothing was written
+	addr, ok := conn.LocalAddr().(*net.UDPAddr)
+	if !ok {
+		return ""
+	}
+	return addr.IP.String()
+}
+
+// readFleetConf returns the configuration of a node from fleet's file. A file
+// that was not asked for by name may be missing.
+func readFleetConf(file string, named bool, environ []string) (node.Config, []string, error) {
+	cfg := node.Default()
+	raw, err := os.ReadFile(file)
+	if err != nil && (named || !isMissing(err)) {
+		return cfg, nil, err
+	}
+	f, warnings, err := parseFleetConf(string(raw), file, environ)
+	if err != nil {
+		return cfg, warnings, err
+	}
+	f.apply(&cfg)
+	if cfg.Address == "" {
+		cfg.Address = routeAddress()
+	}
+	return cfg, warnings, cfg.Validate()
+}
+
+// runFleetd runs a node as fleetd and returns the exit code. SIGHUP makes it
+// read its configuration again.
+func runFleetd(args []string, stdout, stderr io.Writer) int {
+	fl := flag.NewFlagSet("fleetd", flag.ContinueOnError)
+	fl.SetOutput(stderr)
+	file := fl.String("config", "", "fleet's configuration `file` (default "+fleetConfFile+", if it is there)")
+	about := fl.Bool("version", false, "print the version and exit")
+	err := fl.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return exitDone
+	case err != nil:
+		return exitUsage
+	case *about:
+		say(stdout, "fleetd version %s\n", version)
+		return exitDone
+	case fl.NArg() > 0:
+		say(stderr, "fleetd: error: fleetd takes no argument, and %q is one\n", fl.Arg(0))
+		return exitUsage
+	}
+	named := *file != ""
+	if !named {
+		*file = fleetConfFile
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, syscall.SIGHUP)
+	defer signal.Stop(again)
+	if err := serveFleetd(ctx, again, *file, named, stderr); err != nil {
+		say(stderr, "fleetd: error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\nfleetd: error: "))
+		return exitFailed
+	}
+	return exitDone
+}
+
+// errReload is why a node ends that is started again at once.
+var errReload = errors.New("the configuration is read again")
+
+// serveFleetd runs the node until ctx ends. For each signal from again the file
+// is read anew and, if it is good, the node is run anew with it.
+func serveFleetd(ctx context.Context, again <-chan os.Signal, file string, named bool, stderr io.Writer) error {
+	cfg, log, err := fleetdConfig(file, named, stderr)
+	for err == nil {
+		run, end := context.WithCancelCause(ctx)
+		ended := make(chan error, 1)
+		go func() { ended <- node.Run(run, cfg, version, log) }()
+		for run.Err() == nil {
+			select {
+			case err := <-ended:
+				end(nil)
+				return err
+			case <-again:
+				log.Info("Reloading configuration from " + file)
+				next, nextLog, err := fleetdConfig(file, named, stderr)
+				if err != nil {
+					log.Error("the configuration is not good, and the old one stays", "file", file, "err", err)
+					continue
+				}
+				cfg, log = next, nextLog
+				end(errReload)
+			}
+		}
+		err = <-ended
+		end(nil)
+		if ctx.Err() != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// fleetdConfig reads the configuration and warns of what is in it.
+func fleetdConfig(file string, named bool, stderr io.Writer) (node.Config, *slog.Logger, error) {
+	cfg, warnings, err := readFleetConf(file, named, os.Environ())
+	if err == nil {
+		err = cfg.CheckPrivileges()
+	}
+	log := newLogger(stderr, &cfg)
+	for _, w := range warnings {
+		log.Warn(w)
+	}
+	return cfg, log, err
+}

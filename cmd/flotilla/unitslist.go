@@ -1,0 +1,254 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/fleetapi"
+	"flotilla/internal/registry"
+	"flotilla/internal/unit"
+)
+
+// tabs prints rows as fleetctl does: columns end in one or more tabs.
+func tabs(w io.Writer, rows [][]string) {
+	out := tabwriter.NewWriter(w, 0, 8, 1, '\t', 0)
+	for _, r := range rows {
+		_, _ = fmt.Fprintln(out, strings.Join(r, "\t")) // see say
+	}
+	_ = out.Flush()
+}
+
+// listing is the flags of the commands that list.
+type listing struct {
+	full, noLegend bool
+	fields         string
+}
+
+// add adds the flags; fields are those of the command.
+func (l *listing) add(cmd *cobra.Command, standard string, fields []string) {
+	fl := cmd.Flags()
+	fl.BoolVarP(&l.full, "full", "l", false, "do not shorten machine IDs and hashes")
+	fl.BoolVar(&l.full, "l", false, "the same")
+	_ = fl.MarkHidden("l") // -l and --l both were fleetctl's
+	fl.BoolVar(&l.noLegend, "no-legend", false, "no line with the names of the columns")
+	fl.StringVar(&l.fields, "fields", standard, fmt.Sprintf("columns to print, of %q", strings.Join(fields, ",")))
+}
+
+// columns returns the columns asked for. has knows all that there are.
+func columns[F any](c *cli, l *listing, has map[string]F) ([]string, error) {
+	if l.fields == "" && c.fleet {
+		return nil, fleetText("Must define output format")
+	}
+	cols := strings.Split(l.fields, ",")
+	for _, col := range cols {
+		if _, ok := has[col]; ok {
+			continue
+		}
+		if c.fleet {
+			return nil, fleetText("Invalid key in output format: %q", col)
+		}
+		return nil, usage(fmt.Sprintf("--fields: there is no column %q", col), "there are "+strings.Join(slices.Sorted(maps.Keys(has)), ", "))
+	}
+	return cols, nil
+}
+
+// rows makes the table of items; each column is a function of an item.
+func rows[T any](l *listing, cols []string, has map[string]func(T, bool) string, items []T) [][]string {
+	var all [][]string
+	if !l.noLegend {
+		var head []string
+		for _, col := range cols {
+			head = append(head, strings.ToUpper(col))
+		}
+		all = append(all, head)
+	}
+	for _, item := range items {
+		var row []string
+		for _, col := range cols {
+			row = append(row, dash(has[col](item, l.full)))
+		}
+		all = append(all, row)
+	}
+	return all
+}
+
+// placedState is a unit on one machine: a line of list-units.
+type placedState struct {
+	Unit string `json:"unit"`
+	fleetapi.State
+}
+
+func shortHash(hash string, full bool) string {
+	if full {
+		return hash
+	}
+	return hash[:min(7, len(hash))]
+}
+
+var stateFields = map[string]func(placedState, bool) string{
+	"unit":    func(s placedState, _ bool) string { return s.Unit },
+	"machine": func(s placedState, full bool) string { return machineLegend(s.Machine, s.Address, full) },
+	"node":    func(s placedState, _ bool) string { return s.Node },
+	"load":    func(s placedState, _ bool) string { return s.Load },
+	"active":  func(s placedState, _ bool) string { return s.Active },
+	"sub":     func(s placedState, _ bool) string { return s.Sub },
+	"hash":    func(s placedState, full bool) string { return shortHash(s.Hash, full) },
+}
+
+func (c *cli) listUnitsCommand() *cobra.Command {
+	var l listing
+	cmd := &cobra.Command{
+		Use: "list-units [UNIT...]", Short: "List the units that machines have, and how they are",
+		Long:    "List the units that machines have, one line for each unit and machine.\n\nWith UNIT, a name or a pattern such as 'web@*', only those.",
+		Example: "  flotilla list-units\n  flotilla list-units 'web@*' --no-legend --fields unit,active",
+		Args:    cobra.ArbitraryArgs, ValidArgsFunction: c.completeUnits,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r := c.run(cmd, "list-units")
+			cols, err := columns(c, &l, stateFields)
+			if err != nil {
+				return err
+			}
+			list, err := r.listed(cmd, args)
+			if err != nil {
+				return err
+			}
+			states := []placedState{}
+			for _, u := range list {
+				slices.SortFunc(u.States, func(a, b fleetapi.State) int { return strings.Compare(a.Machine, b.Machine) })
+				for _, st := range u.States {
+					if st.Load != "" { // else it only waits there
+						states = append(states, placedState{u.Name, st})
+					}
+				}
+			}
+			if c.output == "json" {
+				return sayJSON(r.io.out, states)
+			}
+			tabs(r.io.out, rows(&l, cols, stateFields, states))
+			return nil
+		},
+	}
+	l.add(cmd, "unit,machine,active,sub", slices.Sorted(maps.Keys(stateFields)))
+	return c.unitFlags(cmd)
+}
+
+// listed returns the units that args mean, all for none, by name.
+func (r *unitRun) listed(cmd *cobra.Command, args []string) ([]unitView, error) {
+	if r.fleet {
+		args = nil // fleetctl takes none, and ignores them
+	}
+	if len(args) == 0 {
+		all, err := r.units(cmd.Context())
+		if err != nil && r.fleet {
+			return nil, fleetSays{"Error retrieving list of units from repository: ", err}
+		}
+		return sortedUnits(all), err
+	}
+	list, missing, err := r.pick(cmd.Context(), args)
+	slices.SortFunc(list, func(a, b unitView) int { return strings.Compare(a.Name, b.Name) })
+	return list, cmpErr(err, missing)
+}
+
+func place(u unitView, full bool) string {
+	switch {
+	case u.Global:
+		return "global"
+	case u.Machine == nil:
+		return "-"
+	}
+	return u.at(full)
+}
+
+var fileFields = map[string]func(unitView, bool) string{
+	"unit":     func(u unitView, _ bool) string { return u.Name },
+	"hash":     func(u unitView, full bool) string { return shortHash(u.Hash, full) },
+	"dstate":   func(u unitView, _ bool) string { return string(u.Desired) },
+	"target":   place,
+	"tmachine": place,
+	"global":   func(u unitView, _ bool) string { return strconv.FormatBool(u.Global) },
+	"state": func(u unitView, _ bool) string {
+		if u.Global {
+			return "-"
+		}
+		return string(u.Current)
+	},
+	"desc":   func(u unitView, _ bool) string { return description(u.Text) },
+	"reason": func(u unitView, _ bool) string { return u.reason() },
+}
+
+// description returns the Description= of a unit file, the last if it has many.
+func description(text string) string {
+	f, err := unit.Parse(text)
+	if err != nil {
+		return ""
+	}
+	last := ""
+	for _, o := range f.Options {
+		if o.Section == "Unit" && o.Name == "Description" {
+			last = o.Value
+		}
+	}
+	return last
+}
+
+// reason is why a unit is where it is, or why it is nowhere.
+func (u unitView) reason() string {
+	switch {
+	case u.Unplaced != "":
+		return u.Unplaced
+	case u.Releasing != "":
+		return "leaving: " + u.Releasing
+	case u.Placed != "":
+		return u.Placed
+	case u.Desired == registry.Inactive:
+		return "inactive"
+	}
+	return ""
+}
+
+func (c *cli) listUnitFilesCommand() *cobra.Command {
+	var l listing
+	cmd := &cobra.Command{
+		Use: "list-unit-files [UNIT...]", Short: "List the units that the cluster has, and where they belong",
+		Long:    "List the units that the cluster has, on a machine or not.\n\nDSTATE is what is wanted, STATE what is; TARGET is the machine. --fields unit,state,reason\nsays why.",
+		Example: "  flotilla list-unit-files\n  flotilla list-unit-files --fields unit,target,reason",
+		Args:    cobra.ArbitraryArgs, ValidArgsFunction: c.completeUnits,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r := c.run(cmd, "list-unit-files")
+			cols, err := columns(c, &l, fileFields)
+			if err != nil {
+				return err
+			}
+			if slices.Contains(cols, "tmachine") {
+				say(r.io.err, "WARNING: The \"tmachine\" field is deprecated. Use \"target\" instead\n")
+			}
+			list, err := r.listed(cmd, args)
+			if err != nil {
+				return err
+			}
+			if slices.Contains(cols, "desc") {
+				for i, u := range list {
+					if full, ok, err := r.unitText(cmd.Context(), u.Name); err != nil {
+						return err
+					} else if ok {
+						list[i].Text = full.Text
+					}
+				}
+			}
+			if c.output == "json" {
+				return r.sayUnits(list)
+			}
+			tabs(r.io.out, rows(&l, cols, fileFields, list))
+			return nil
+		},
+	}
+	l.add(cmd, "unit,hash,dstate,state,target", slices.Sorted(maps.Keys(fileFields)))
+	return c.unitFlags(cmd)
+}
