@@ -37,6 +37,7 @@ var packages = map[string]struct {
 
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},
 	"router": {layer: 2},
+	"engine": {layer: 2, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 
 	"api":      {layer: 3},
 	"fleetapi": {layer: 3, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
