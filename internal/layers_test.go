@@ -35,6 +35,7 @@ var packages = map[string]struct {
 	"systemd":  {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
 	"registry": {layer: 1, mustNotKnow: []string{"store", "catalog", "haproxy"}},
 
+	"agent":  {layer: 2, mustNotKnow: []string{"haproxy", "catalog", "engine"}},
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},
 	"router": {layer: 2},
 	"engine": {layer: 2, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},

@@ -132,6 +132,9 @@ type Machine struct {
 	Counters map[string]int64  `json:"counters,omitempty"`
 	Units    bool              `json:"units"` // it runs units; false where there is no systemd
 	Version  string            `json:"version"`
+	// Session is another one each time the agent cannot know whether the record
+	// is still on the lease that it renews: when it sees its present one it does.
+	Session string `json:"session,omitempty"`
 }
 
 // Settings are what operators want of a machine, whether it is there or not.

@@ -1,0 +1,202 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"flotilla/internal/registry"
+	"flotilla/internal/systemd"
+)
+
+// carry carries out the steps of one plan. What takes long is begun and left to
+// workers.
+func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
+	by := map[Action][]Step{}
+	for _, s := range steps {
+		a.log.Debug("step", "do", string(s.Do), "unit", s.Unit, "reason", s.Reason)
+		by[s.Do] = append(by[s.Do], s)
+	}
+	for _, s := range by[Stop] {
+		a.log.Info("stopping a unit", "unit", s.Unit, "reason", s.Reason)
+		a.stop(s.Unit)
+	}
+	cctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	unloaded := a.unload(cctx, names(by[Unload]))
+	loaded := a.load(cctx, now, names(by[Load]))
+	if a.reload {
+		if err := a.cfg.Systemd.Reload(cctx); err != nil {
+			a.putOff(ctx, err)
+			return
+		}
+		a.reload = false
+		for _, name := range unloaded {
+			a.forget(name)
+		}
+		for _, name := range loaded {
+			a.units[name].rec.Whole = true
+			a.note(name)
+			a.look[name] = true
+		}
+		if err := a.observe(cctx); err != nil {
+			a.putOff(ctx, err)
+			return
+		}
+	}
+	for _, s := range by[Adopt] {
+		a.adopt(s.Unit, now.wants[s.Unit])
+	}
+	a.start(now, slices.Concat(by[Start], by[Restart]))
+	a.release(now, names(by[Release]))
+}
+
+func names(steps []Step) []string {
+	var all []string
+	for _, s := range steps {
+		all = append(all, s.Unit)
+	}
+	return all
+}
+
+// fail notes what is wrong with a unit, and when to try again. Of trouble the
+// engine is told, which may choose another machine.
+func (a *Agent) fail(name string, err error) {
+	u := a.units[name]
+	u.failures++
+	u.retryAt = time.Now().Add(min(time.Second<<min(u.failures-1, 6), time.Minute))
+	if errors.Is(err, systemd.ErrUnknown) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errNotNow) {
+		u.waiting, u.trouble = err.Error(), ""
+	} else {
+		u.waiting, u.trouble = "", err.Error()
+	}
+	if u.failures == 1 {
+		a.log.Warn("a unit cannot be brought to its state: trying again", "unit", name, "err", err)
+	}
+}
+
+// errNotNow: nothing is wrong with the unit.
+var errNotNow = errors.New("it has to wait")
+
+func (a *Agent) succeed(name string) {
+	u := a.units[name]
+	u.failures, u.retryAt, u.trouble, u.waiting = 0, time.Time{}, "", ""
+}
+
+// note writes the record of a unit down.
+func (a *Agent) note(name string) bool {
+	if err := a.disk.note(name, a.units[name].rec); err != nil {
+		a.fail(name, err)
+		return false
+	}
+	return true
+}
+
+// failed takes those out of names that the call failed for, and says so.
+func (a *Agent) failed(names []string, key func(string) string, err error) []string {
+	if err == nil {
+		return names
+	}
+	var some systemd.Failures
+	each := errors.As(err, &some)
+	return slices.DeleteFunc(names, func(name string) bool {
+		one := some[key(name)]
+		switch {
+		case !each:
+			a.fail(name, fmt.Errorf("%w: %w", errNotNow, err))
+		case one != nil:
+			a.fail(name, one)
+		}
+		return !each || one != nil
+	})
+}
+
+func itself(name string) string { return name }
+
+// unload removes what there is of stopped units, and returns those that are to
+// be forgotten when systemd has read its files.
+func (a *Agent) unload(ctx context.Context, names []string) []string {
+	if len(names) == 0 {
+		return nil
+	}
+	a.reload = true
+	for _, name := range names {
+		a.units[name].rec.Whole = false
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return !a.note(name) })
+	names = a.failed(names, itself, a.cfg.Systemd.Disable(ctx, names...))
+	return slices.DeleteFunc(names, func(name string) bool {
+		err := errors.Join(a.cfg.Systemd.ResetFailed(ctx, name), a.disk.remove(name))
+		if err != nil {
+			a.fail(name, err)
+		}
+		return err != nil
+	})
+}
+
+func (a *Agent) forget(name string) {
+	u := a.units[name]
+	if err := a.disk.forget(name); err != nil {
+		a.fail(name, err)
+		return
+	}
+	u.on, u.rec, u.broken = false, record{}, ""
+	a.look[name] = true
+	a.succeed(name)
+}
+
+// load writes and links the files of units, and returns those that are whole
+// when systemd has read its files.
+func (a *Agent) load(ctx context.Context, now *present, names []string) []string {
+	if len(names) == 0 {
+		return nil
+	}
+	names = slices.DeleteFunc(names, func(name string) bool {
+		u, w, e := a.units[name], now.wants[name], now.entries[name]
+		old, was := u.rec, u.on
+		u.rec.Hash, u.rec.Sum, u.rec.Epoch, u.rec.Exclusive, u.rec.Whole = w.Hash, w.Sum, w.Epoch, w.Exclusive, false
+		if !was {
+			u.rec = record{Hash: w.Hash, Sum: w.Sum, Epoch: w.Epoch, Exclusive: w.Exclusive, Restarts: w.Restarts}
+		}
+		u.on = true
+		if !a.note(name) {
+			u.rec, u.on = old, was
+			return true
+		}
+		if err := a.disk.write(name, e.Text, e.dropIn(name, a.own)); err != nil {
+			a.fail(name, err)
+			return true
+		}
+		return false
+	})
+	a.reload = true
+	paths := make([]string, len(names))
+	for i, name := range names {
+		paths[i] = a.disk.unit(name)
+	}
+	names = a.failed(names, a.disk.unit, a.cfg.Systemd.Link(ctx, paths...))
+	var install []string
+	for _, name := range names {
+		if now.entries[name].install {
+			install = append(install, name)
+		}
+	}
+	if len(install) == 0 {
+		return names
+	}
+	enabled := a.failed(slices.Clone(install), itself, a.cfg.Systemd.Enable(ctx, install...))
+	return slices.DeleteFunc(names, func(name string) bool {
+		return slices.Contains(install, name) && !slices.Contains(enabled, name)
+	})
+}
+
+func (a *Agent) adopt(name string, w want) {
+	u := a.units[name]
+	u.rec.Launched = u.rec.Launched || w.Desired == registry.Launched
+	u.rec.Restarts, u.rec.Doing, u.broken = w.Restarts, "", ""
+	if a.note(name) {
+		a.succeed(name)
+	}
+}
