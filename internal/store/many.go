@@ -3,9 +3,11 @@ package store
 import (
 	"context"
 	"slices"
+	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
 )
 
 // GetMany reads any number of keys as they were at one revision, which it
@@ -18,12 +20,9 @@ func (c *Client) GetMany(ctx context.Context, revision int64, keys ...string) (m
 		for _, key := range some {
 			reads = append(reads, clientv3.OpGet(key, clientv3.WithRev(revision)))
 		}
-		cctx, cancel := withLimit(ctx, readLimit)
-		cctx, tried := recorded(cctx)
-		resp, err := c.etcd.Txn(cctx).Then(reads...).Commit()
-		cancel()
+		resp, err := c.readTxn(ctx, reads)
 		if err != nil {
-			return nil, 0, c.explain("read "+describe([]Op{{reads[0]}}), tried.cause(err))
+			return nil, 0, err
 		}
 		if revision == 0 {
 			revision = resp.Header.Revision
@@ -35,6 +34,28 @@ func (c *Client) GetMany(ctx context.Context, revision int64, keys ...string) (m
 		}
 	}
 	return found, revision, nil
+}
+
+// readTxn tries again when a connection breaks, which clientv3 does not do for
+// transactions: it cannot know that this one writes nothing.
+func (c *Client) readTxn(ctx context.Context, reads []clientv3.Op) (*clientv3.TxnResponse, error) {
+	ctx, cancel := withLimit(ctx, readLimit)
+	defer cancel()
+	ctx, tried := recorded(ctx)
+	for {
+		resp, err := c.etcd.Txn(ctx).Then(reads...).Commit()
+		if err == nil {
+			return resp, nil
+		}
+		if codeOf(err) == codes.Unavailable {
+			select {
+			case <-time.After(50 * time.Millisecond):
+				continue
+			case <-ctx.Done():
+			}
+		}
+		return nil, c.explain("read "+string(reads[0].KeyBytes()), tried.cause(err))
+	}
 }
 
 // ListMany reads all keys below each prefix as they were at one revision, which

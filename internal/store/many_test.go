@@ -1,9 +1,12 @@
 package store_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
+	"time"
 
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
@@ -44,5 +47,37 @@ func TestManyReadsAreOfOneRevision(t *testing.T) {
 	}
 	if _, _, err := c.GetMany(ctx, after+100, "/a/000"); err == nil || errors.Is(err, store.ErrUnavailable) {
 		t.Errorf("a revision of the future: %v", err)
+	}
+}
+
+func TestGetManyOutlivesABrokenConnection(t *testing.T) {
+	proxy := storetest.NewProxy(t, storetest.Start(t))
+	c := open(t, proxy.Endpoint())
+	if _, err := c.Apply(t.Context(), []store.Op{store.Put("/a", "x")}); err != nil {
+		t.Fatal(err)
+	}
+	proxy.CutBefore("/a")
+	ended := make(chan struct{})
+	var mend sync.WaitGroup
+	mend.Go(func() {
+		for again := time.NewTicker(20 * time.Millisecond); ; {
+			select {
+			case <-again.C:
+				proxy.Mend() // whenever it is that it has been cut
+			case <-ended:
+				return
+			}
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if got, _, err := c.GetMany(ctx, 0, "/a"); err != nil || got["/a"].Value != "x" {
+		t.Errorf("%v, %v", got, err)
+	}
+	close(ended)
+	mend.Wait()
+	proxy.Cut()
+	if _, _, err := c.GetMany(t.Context(), 0, "/a"); !errors.Is(err, store.ErrUnavailable) {
+		t.Errorf("%v, want ErrUnavailable", err)
 	}
 }
