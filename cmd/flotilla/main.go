@@ -118,12 +118,16 @@ func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
 		if err := c.clusterSocket(cmd); err != nil {
 			return err
 		}
-		if c.output != "text" && c.output != "json" {
-			return usage(fmt.Sprintf("--output %q is neither text nor json", c.output), cmd.CommandPath()+" --help")
-		}
-		return nil
+		return c.checkOutput(cmd)
 	}
 	return cmd
+}
+
+func (c *cli) checkOutput(cmd *cobra.Command) error {
+	if c.output != "text" && c.output != "json" {
+		return usage(fmt.Sprintf("--output %q is neither text nor json", c.output), cmd.CommandPath()+" --help")
+	}
+	return nil
 }
 
 func (c *cli) dial() *api.Client {

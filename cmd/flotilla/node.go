@@ -62,7 +62,8 @@ func addOptions(cmd *cobra.Command, c *node.Config, names ...string) {
 
 // load returns the valid configuration that file, environment and flags make.
 func load(cmd *cobra.Command, given *node.Config) (node.Config, error) {
-	cfg, err := node.Load(given, cmd.Flags().Changed, os.Environ())
+	environ := slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "FLOTILLA_CLUSTER=") }) // the client's
+	cfg, err := node.Load(given, cmd.Flags().Changed, environ)
 	if err == nil {
 		err = cfg.Validate()
 	}

@@ -149,7 +149,7 @@ func TestMachine(t *testing.T) {
 				"cat /etc/machine-id":                       m.MachineID,
 				"hostname":                                  "n1",
 				"stat -c %a /etc/flotilla/x.yaml":           "600",
-				"stat -c %U /home/core":                "core",
+				"stat -c %U /home/core":                     "core",
 				"systemctl is-enabled haproxy":              "disabled",
 				"stat -fc %T /sys/fs/cgroup":                "cgroup2fs",
 				". /etc/os-release; echo $VERSION_CODENAME": release,

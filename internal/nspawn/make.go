@@ -48,7 +48,18 @@ func (m machine) make(ctx context.Context, c *Cluster, s Spec) error {
 			return err
 		}
 	}
-	return c.makeHostKey(ctx, m)
+	if err := c.makeHostKey(ctx, m); err != nil {
+		return err
+	}
+	// A /usr newer than the image's would make the first boot update caches.
+	info, err := os.Stat(filepath.Join(m.Image, "usr"))
+	if err != nil {
+		return err
+	}
+	if err := os.Chtimes(m.upper("/usr"), info.ModTime(), info.ModTime()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // The user and group core, as customize.sh makes them.

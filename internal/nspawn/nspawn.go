@@ -282,7 +282,8 @@ func (c *Cluster) removeRest(ctx context.Context) error {
 	if err := c.removeDir(); err != nil {
 		return err
 	}
-	_ = os.Remove(c.host.State)
+	_ = os.Remove(c.host.State) // these two as well
+	_ = os.Remove(filepath.Dir(c.host.State))
 	return nil
 }
 
@@ -303,7 +304,10 @@ func (c *Cluster) Stop(ctx context.Context, limit time.Duration) error {
 	for _, m := range all {
 		err = errors.Join(err, c.disconnect(ctx, m))
 	}
-	if err = errors.Join(err, c.removeNetwork(ctx)); err != nil {
+	if err == nil {
+		err = errors.Join(c.removeNetwork(ctx), os.RemoveAll(filepath.Join(c.host.Run, c.name)))
+	}
+	if err != nil {
 		return fmt.Errorf("stop cluster %s: %w", c.name, err)
 	}
 	return nil

@@ -79,8 +79,12 @@ func (c *Cluster) boot(ctx context.Context, m machine, held *held) error {
 	}
 	if err != nil {
 		text, _ := os.ReadFile(console.Name())
-		err = fmt.Errorf("%w: %s", err, lastLines(string(text[min(before, int64(len(text))):]), 4))
-		return explainKernel(err, "overlay file system, or it cannot be put on "+c.host.State, "overlay")
+		said := lastLines(string(text[min(before, int64(len(text))):]), 4)
+		err = fmt.Errorf("%w: %s", err, said)
+		if strings.Contains(said, "mount: ") {
+			return explainKernel(err, "overlay file system that works on "+c.host.State, "overlay")
+		}
+		return err
 	}
 	return nil
 }
@@ -101,7 +105,7 @@ func (c *Cluster) bootCommand(m machine) (name string, args, env []string) {
 		m.Image, filepath.Join(m.dir, "upper"), filepath.Join(m.dir, "work"), root, groups,
 		"systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--network-namespace-path="+filepath.Join(namespaces, c.namespace(m.Name)),
 		"--machine="+c.name+"."+m.Name, "--hostname="+m.Name, "--directory="+root, "--console=read-only",
-		"--link-journal=no", "--resolv-conf=off", "--timezone=off",
+		"--capability=CAP_NET_ADMIN", "--link-journal=no", "--resolv-conf=off", "--timezone=off",
 		"--bind="+c.runDir(m.Name)+":/run/flotilla", "--bind-ro="+c.hosts()+":/etc/hosts")
 	if _, unified := cgroupMounts(); unified {
 		env = []string{"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"}

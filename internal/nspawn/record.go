@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -36,7 +37,7 @@ type machine struct {
 	State     state             `json:"state"`
 	Release   string            `json:"release"`
 	Image     string            `json:"image"` // directory of the root file system it starts from
-	Index     int               `json:"index"` // last byte of the address, 11 to 254
+	Index     int               `json:"index"` // last byte of the address
 	Address   netip.Addr        `json:"address"`
 	MachineID string            `json:"machine_id"`
 	Labels    map[string]string `json:"labels,omitempty"`
@@ -138,11 +139,8 @@ func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, n
 		}
 		taken[m.Index] = true
 	}
-	index := 11
-	for taken[index] {
-		index++
-	}
-	if index > 254 {
+	index := freeIndex(s.Name, taken)
+	if index == 0 {
 		return machine{}, n, fmt.Errorf("cluster %s has no address left in %s", c.name, n.Prefix)
 	}
 	var id [16]byte
@@ -157,6 +155,26 @@ func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, n
 	}
 	return m, n, m.write()
 }
+
+var number = regexp.MustCompile(`[1-9][0-9]{0,2}$`)
+
+// freeIndex returns the last byte of a new machine's address, 0 if none is left.
+// If it can, n3 gets 13: addresses are easier to read that way.
+func freeIndex(name string, taken map[int]bool) int {
+	n, _ := strconv.Atoi(number.FindString(name))
+	if n += firstIndex - 1; n >= firstIndex && n <= lastIndex && !taken[n] {
+		return n
+	}
+	for i := firstIndex; i <= lastIndex; i++ {
+		if !taken[i] {
+			return i
+		}
+	}
+	return 0
+}
+
+// The last bytes of addresses that machines get.
+const firstIndex, lastIndex = 11, 254
 
 // found writes down a new cluster with a free network. The caller holds the
 // lock of the host's state.

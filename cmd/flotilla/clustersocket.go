@@ -1,0 +1,83 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/nspawn"
+)
+
+// clusterSocket chooses the socket that a command asks, if neither --socket nor
+// FLOTILLA_SOCKET does: one of the cluster that --cluster names; else the one of
+// the node on this machine; if that is not there, one of the only cluster that
+// runs on this machine.
+func (c *cli) clusterSocket(cmd *cobra.Command) error {
+	given := cmd.Flags().Lookup("socket")
+	if given == nil || given.Changed || os.Getenv("FLOTILLA_SOCKET") != "" && !cmd.Flags().Changed("cluster") {
+		return nil
+	}
+	host := nspawn.Default(slog.New(slog.DiscardHandler))
+	if c.cluster != "" {
+		cl, err := host.Cluster(c.cluster)
+		if err != nil {
+			return usage(err.Error(), "flotilla cluster list")
+		}
+		if c.socket, err = liveSocket(cmd, cl); err != nil {
+			return err
+		}
+		if c.socket == "" {
+			return hinted{fmt.Errorf("no node of cluster %s on this machine answers", c.cluster), []string{"flotilla cluster up " + c.cluster, "flotilla cluster list"}}
+		}
+		return nil
+	}
+	if _, err := os.Stat(c.socket); err == nil {
+		return nil
+	}
+	names, err := host.Clusters()
+	if err != nil {
+		return nil // not root: then there is only the node on this machine
+	}
+	running, socket := []string{}, ""
+	for _, name := range names {
+		cl, err := host.Cluster(name)
+		if err != nil {
+			continue // not one of ours
+		}
+		if s, err := liveSocket(cmd, cl); err == nil && s != "" {
+			running, socket = append(running, name), s
+		}
+	}
+	switch len(running) {
+	case 0:
+	case 1:
+		c.socket = socket
+		say(cmd.ErrOrStderr(), "flotilla: asking cluster %s\n", running[0])
+	default:
+		return hinted{fmt.Errorf("no node runs on this machine itself, and several clusters do: %s", strings.Join(running, ", ")),
+			[]string{"choose one: --cluster " + running[0] + ", or FLOTILLA_CLUSTER=" + running[0]}}
+	}
+	return nil
+}
+
+// liveSocket returns the socket of the first node that takes a connection; empty
+// if none does.
+func liveSocket(cmd *cobra.Command, cl *nspawn.Cluster) (string, error) {
+	machines, err := cl.List(cmd.Context())
+	if err != nil {
+		return "", err
+	}
+	for _, m := range machines {
+		conn, err := net.Dial("unix", socketOf(m))
+		if err != nil {
+			continue
+		}
+		_ = conn.Close() // nothing was said
+		return socketOf(m), nil
+	}
+	return "", nil
+}
