@@ -34,6 +34,7 @@ var packages = map[string]struct {
 	"store":    {layer: 1, mustNotKnow: []string{"catalog"}},
 	"systemd":  {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
 	"registry": {layer: 1, mustNotKnow: []string{"store", "catalog", "haproxy"}},
+	"remote":   {layer: 1, mustNotKnow: []string{"catalog", "registry", "unit", "store", "systemd"}},
 
 	"agent":  {layer: 2, mustNotKnow: []string{"haproxy", "catalog", "engine"}},
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},
@@ -41,13 +42,14 @@ var packages = map[string]struct {
 	"engine": {layer: 2, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 
 	"api":      {layer: 3},
+	"logs":     {layer: 3, mustNotKnow: []string{"haproxy", "catalog", "remote"}},
 	"fleetapi": {layer: 3, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 
 	"node": {layer: 4},
 }
 
 // Test support: only tests and benchmarks import these.
-var testSupport = []string{"store/storetest", "systemd/systemdtest"}
+var testSupport = []string{"store/storetest", "systemd/systemdtest", "remote/sshdtest"}
 
 // Whose business a foreign module is; tests may use it as a client would.
 var edges = map[string]string{
@@ -55,6 +57,7 @@ var edges = map[string]string{
 	"google.golang.org/grpc": "store",
 	"github.com/godbus/":     "systemd",
 	"github.com/miekg/dns":   "dns",
+	"golang.org/x/crypto/":   "remote",
 }
 
 func TestLayers(t *testing.T) {

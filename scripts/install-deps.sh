@@ -21,6 +21,8 @@ dnsmasq   dnsmasq-base     the DNS server we compare with
 dnsperf   dnsperf          DNS load
 wrk       wrk              HTTP load
 h2load    nghttp2-client   HTTP/2 load
+/usr/sbin/sshd openssh-server the other side of our ssh
+ssh-agent openssh-client   keys for ssh
 nft       nftables         TCP ports without reloads
 ip        iproute2         network namespaces
 /usr/share/keyrings/debian-archive-keyring.gpg debian-archive-keyring signatures of further HAProxy versions
