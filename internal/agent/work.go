@@ -119,10 +119,12 @@ func (a *Agent) start(now *present, steps []Step) {
 		turns[i] = make(chan struct{})
 	}
 	close(turns[0])
-	called := map[string]chan struct{}{}
+	called := map[string]chan struct{}{} // closed when the worker has ended
+	for _, name := range due {
+		called[name] = make(chan struct{})
+	}
 	for i, group := range groups {
 		for _, name := range group {
-			called[name] = make(chan struct{})
 			call := a.call(name, do[name], now)
 			a.work(name, do[name], func(ctx context.Context) error {
 				defer close(called[name])

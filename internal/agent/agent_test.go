@@ -1,0 +1,288 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"flotilla/internal/registry"
+)
+
+func TestStartReplaceStopRelease(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	p := r.begin()
+	r.place("web.service", service("run"), registry.Launched)
+	r.waitActive("web.service")
+	if !p.Registered() {
+		t.Error("it runs a unit and says that it is not registered")
+	}
+	text, err := os.ReadFile(filepath.Join(r.fake.units, "web.service"))
+	if err != nil || string(text) != service("run") {
+		t.Errorf("the unit file is %q (%v)", text, err)
+	}
+	dropIn, err := os.ReadFile(filepath.Join(r.fake.dropIns, "web.service.d", "50-flotilla.conf"))
+	if err != nil || !strings.Contains(string(dropIn), `"FLOTILLA_EPOCH=7" "FLOTILLA_UNIT=%n" "FLOTILLA_MACHINE=0123456789abcdef0123456789abcdef"`) {
+		t.Errorf("the drop-in is %q (%v)", dropIn, err)
+	}
+
+	// A new version: the old one's stop has ended before its file is touched.
+	first := r.fake.invocation("web.service")
+	r.place("web.service", service("slow"), registry.Launched)
+	r.wait("the new version to begin", func() bool { return r.fake.active("web.service") == "activating" })
+	r.waitState("web.service", "to be launched", func(s registry.State) bool { return s.Launched && s.Active == "activating" })
+	if r.fake.invocation("web.service") == first {
+		t.Error("the old version still runs")
+	}
+	// A stop does not wait for a start that takes for ever.
+	r.place("web.service", service("slow"), registry.Loaded)
+	r.wait("the stop to begin", func() bool { return r.fake.active("web.service") == "deactivating" })
+	r.fake.goOn("web.service")
+	r.waitState("web.service", "to be loaded only", func(s registry.State) bool { return !s.Launched && s.Active == "inactive" && s.Load == "loaded" })
+
+	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts = 3 })
+	r.waitState("web.service", "to be restarted", func(s registry.State) bool { return s.Active == "active" && s.Restarts == 3 })
+	second := r.fake.invocation("web.service")
+	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts = 4 })
+	r.waitState("web.service", "to be restarted", func(s registry.State) bool { return s.Active == "active" && s.Restarts == 4 })
+	if r.fake.invocation("web.service") == second {
+		t.Error("no restart")
+	}
+
+	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts, e.Release = 4, "drained" })
+	r.wait("the release", func() bool {
+		_, entry := r.get(r.keys.Entry(r.machine.ID, "web.service"))
+		_, placement := r.get(r.keys.Placement("web.service"))
+		return !entry && !placement
+	})
+	r.wait("its files to be gone", r.clean)
+	r.wait("its state to be gone", func() bool { return len(r.states()) == 0 })
+	r.check()
+}
+
+func TestManyUnitsShareAReload(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	p := r.begin()
+	r.generation()
+	// Names against the order in which they are to be started.
+	r.place("a.service", "[Unit]\nAfter=b.service\n"+service("run"), registry.Launched)
+	r.waitActive("a.service")
+	p.finish()
+	for i := range 100 {
+		r.place(fmt.Sprintf("u%d@x.service", i), service("run", "[Install]", "WantedBy=multi-user.target"), registry.Launched)
+	}
+	r.place("c.service", "[Unit]\nAfter=d.service\n"+service("run"), registry.Launched)
+	r.place("d.service", "[Unit]\nAfter=e.service\n"+service("slow"), registry.Launched)
+	r.place("e.service", "[Unit]\nAfter=f.service\n"+service("run"), registry.Launched)
+	r.place("f.service", "[Unit]\nBefore=c.service\n"+service("run"), registry.Launched)
+	r.fake.mu.Lock()
+	before := r.fake.reloads
+	r.fake.mu.Unlock()
+	r.begin()
+	r.waitActive("c.service")
+	r.wait("all to be active", func() bool {
+		n := 0
+		for _, s := range r.states() {
+			if s.Active == "active" {
+				n++
+			}
+		}
+		return n == 104
+	})
+	r.fake.mu.Lock()
+	defer r.fake.mu.Unlock()
+	if n := r.fake.reloads - before; n != 1 {
+		t.Errorf("%d reloads for one pass", n)
+	}
+	if len(r.fake.enabled) != 100 {
+		t.Errorf("%d units are enabled", len(r.fake.enabled))
+	}
+	at := func(name string) int { return slices.Index(r.fake.history, "start "+name) }
+	if at("f.service") > at("e.service") || at("e.service") > at("d.service") || at("d.service") > at("c.service") {
+		t.Errorf("wrong order: %v", r.fake.history)
+	}
+}
+
+func TestBadUnitsHarmNobody(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	r.place("long.service", service("run", strings.Repeat("#"+strings.Repeat("x", 1022)+"\n", maxText>>10)), registry.Launched)
+	r.place("syntax.service", "[Service\nExecStart=/bin/run\n", registry.Launched)
+	r.place("bad.service", service("bad"), registry.Launched)
+	r.place("unlinkable.service", service("unlinkable"), registry.Launched)
+	r.place("limit.service", service("limit"), registry.Launched)
+	r.place("fail.service", service("fail"), registry.Launched)
+	r.place("template@.service", service("run"), registry.Launched)
+	r.place(strings.Repeat("n", 247)+".service", service("run"), registry.Launched) // its drop-in's directory has too long a name
+	r.put(r.keys.Entry(r.machine.ID, "../../evil.service"), registry.Encode(registry.Entry{V: 1, Text: service("run"), Desired: registry.Launched}))
+	r.put(r.keys.Entry(r.machine.ID, "newer.service"), `{"v":99}`)
+	r.place("good.service", service("run"), registry.Launched)
+	r.waitActive("good.service")
+	for name, want := range map[string]string{
+		"long.service": "bytes", "syntax.service": "not valid", "bad.service": "ExecStart= is bad", "unlinkable.service": "cannot be linked",
+		"limit.service": "given up", "template@.service": "template", "newer.service": "upgrade", strings.Repeat("n", 247) + ".service": "too long",
+	} {
+		r.waitState(name, "to be in trouble", func(s registry.State) bool { return strings.Contains(s.Trouble, want) })
+	}
+	r.waitState("fail.service", "to be launched", func(s registry.State) bool { return s.Launched && s.Active == "failed" && s.Trouble == "" })
+	if _, err := os.Stat(filepath.Join(r.dir, "evil.service")); !errors.Is(err, os.ErrNotExist) {
+		t.Error("a file outside of the directory was written")
+	}
+	// What runs of an earlier version keeps running.
+	was := r.fake.invocation("good.service")
+	r.place("good.service", "[Service\n", registry.Launched)
+	r.waitState("good.service", "to be in trouble", func(s registry.State) bool { return s.Trouble != "" && s.Active == "active" })
+	if r.fake.invocation("good.service") != was {
+		t.Error("it was restarted")
+	}
+	r.check()
+}
+
+func TestVoidEntriesStartNothing(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	r.place("old.service", service("run"), registry.Launched)
+	r.waitActive("old.service")
+	was := r.fake.invocation("old.service")
+	void := func(e *registry.Entry) { e.Generation-- }
+	r.place("new.service", service("run"), registry.Launched, void)
+	r.place("old.service", service("run", "Nice=1"), registry.Launched, void)
+	r.waitState("new.service", "to wait", func(s registry.State) bool { return s.Waiting != "" && s.Load == "" })
+	r.place("other.service", service("run"), registry.Launched)
+	r.waitActive("other.service")
+	if r.fake.invocation("old.service") != was || r.fake.active("new.service") != "inactive" {
+		t.Error("a void entry had an effect")
+	}
+	// The refresh: same text as what runs, new epoch, no restart.
+	r.place("old.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Epoch = 9 })
+	r.place("new.service", service("run"), registry.Launched)
+	r.waitActive("new.service")
+	r.waitState("old.service", "to have the new epoch", func(s registry.State) bool { return s.Epoch == 9 && s.Active == "active" })
+	if r.fake.invocation("old.service") != was {
+		t.Error("a refresh restarted the unit")
+	}
+}
+
+// A lease that was lost gives the machine another generation.
+func TestLostLease(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 3 * 1e9
+	r.begin()
+	r.place("a.service", service("run"), registry.Launched)
+	r.waitActive("a.service")
+	was, g := r.fake.invocation("a.service"), r.generation()
+	r.proxy.Cut()
+	r.wait("the machine to be gone", func() bool { _, ok := r.get(r.keys.Machine(r.machine.ID)); return !ok })
+	r.proxy.Mend()
+	g2 := r.generation()
+	if g2 == g {
+		t.Fatal("the generation is the same")
+	}
+	r.waitState("a.service", "to run on", func(s registry.State) bool { return s.Active == "active" && s.Launched })
+	r.place("b.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Generation = g })
+	r.waitState("b.service", "to wait", func(s registry.State) bool { return s.Waiting != "" })
+	r.place("a.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
+	r.waitState("a.service", "to be refreshed", func(s registry.State) bool { return s.Active == "active" && s.Epoch == 8 })
+	if r.fake.invocation("a.service") != was {
+		t.Error("the unit was restarted")
+	}
+}
+
+func TestGlobalUnits(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	global := func(name, xfleet string, desired registry.Desired, epoch int64) {
+		r.put(r.keys.Entry(registry.Global, name), registry.Encode(registry.Entry{
+			V: 1, Text: service("run", "[X-Fleet]", "Global=yes", xfleet), Desired: desired, Epoch: epoch,
+		}))
+	}
+	global("a.service", "MachineMetadata=disk=ssd", registry.Launched, 1)
+	global("b.service", "Conflicts=a.service", registry.Launched, 2)
+	global("c.service", "MachineMetadata=disk=hdd", registry.Launched, 3)
+	global("d.service", "", registry.Loaded, 4)
+	r.waitActive("a.service")
+	r.waitState("d.service", "to be loaded", func(s registry.State) bool { return s.Load == "loaded" && !s.Launched })
+	r.waitState("b.service", "to wait", func(s registry.State) bool { return strings.Contains(s.Waiting, "a.service") && s.Load == "" })
+	r.put(r.keys.Settings(r.machine.ID), registry.Encode(registry.Settings{V: 1, Metadata: map[string]string{"disk": "hdd"}}))
+	r.waitActive("c.service")
+	r.waitActive("b.service")
+	r.wait("a to leave", func() bool { _, ok := r.states()["a.service"]; return !ok })
+	r.check()
+}
+
+func TestLeave(t *testing.T) {
+	t.Parallel()
+	for _, during := range []bool{true, false} {
+		r := newRig(t)
+		p := r.begin()
+		for i := range 20 {
+			r.place(fmt.Sprintf("u%d.service", i), service("run"), registry.Launched)
+		}
+		r.wait("all", func() bool { return len(r.states()) == 20 })
+		for i := range 20 {
+			r.waitActive(fmt.Sprintf("u%d.service", i))
+		}
+		if !during {
+			p.stop()
+			if err := <-p.ended; err != nil {
+				t.Error(err)
+			}
+			if r.fake.active("u0.service") != "active" {
+				t.Error("the end of the agent stopped a unit")
+			}
+		}
+		if err := p.Leave(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if !r.clean() {
+			t.Error("something is left")
+		}
+		for i := range 20 {
+			if r.fake.active(fmt.Sprintf("u%d.service", i)) != "inactive" {
+				t.Errorf("unit %d runs", i)
+			}
+		}
+		r.check()
+	}
+}
+
+func TestSlowUnitHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	r.place("slow.service", service("slow"), registry.Launched)
+	r.wait("the start", func() bool { return r.fake.active("slow.service") == "activating" })
+	r.place("slow.service", service("run"), registry.Launched)
+	r.wait("the stop", func() bool { return r.fake.active("slow.service") == "deactivating" })
+	r.place("quick.service", service("run"), registry.Launched)
+	r.waitActive("quick.service")
+	r.delete(r.keys.Entry(r.machine.ID, "quick.service"))
+	r.wait("quick to leave", func() bool { _, ok := r.states()["quick.service"]; return !ok })
+	r.fake.goOn("slow.service")
+	r.waitActive("slow.service")
+	r.check()
+}
+
+func TestForeignUnitIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.fake.links["ssh.service"], r.fake.files["ssh.service"] = "/lib/systemd/system/ssh.service", service("run")
+	r.fake.runs["ssh.service"] = &fakeRun{active: "active", sub: "running", text: service("run")}
+	r.begin()
+	r.place("ssh.service", service("other"), registry.Launched)
+	r.waitState("ssh.service", "to be in trouble", func(s registry.State) bool { return strings.Contains(s.Trouble, "/lib/systemd") })
+	r.delete(r.keys.Entry(r.machine.ID, "ssh.service"))
+	r.wait("its state to be gone", func() bool { return len(r.states()) == 0 })
+	if r.fake.active("ssh.service") != "active" {
+		t.Error("the machine's own unit was stopped")
+	}
+}
