@@ -53,70 +53,127 @@ func put(have record[registry.Unit], u registry.Unit, result Result) step {
 // conflict on one is planned again for that one only. The names must differ.
 // The revision is one at which all of it is in force.
 //
-// Errors are those of the store; some of the units may have been written then.
+// Errors are those of the store: ErrUnknown if some of the units were written, or
+// may have been.
 func (h *Handler) change(ctx context.Context, names []string, what decide) ([]step, int64, error) {
-	steps := make([]step, len(names))
-	pending := make([]int, len(names))
+	c := &changing{Handler: h, names: names, what: what, steps: make([]step, len(names)), seen: map[int]int64{}, unsure: map[int]step{}}
+	var pending []int
 	for i := range names {
-		pending[i] = i
+		pending = append(pending, i)
 	}
-	seen := map[int]int64{}  // mod revision that the last attempt was planned from
-	unsure := map[int]step{} // attempts of which nobody knows whether they were done
-	var revision int64
 	for attempt := 0; len(pending) > 0; attempt++ {
-		keys := make([]string, 0, len(pending))
-		for _, i := range pending {
-			keys = append(keys, h.Keys.Unit(names[i]))
-		}
-		kvs, at, err := h.Store.GetMany(ctx, 0, keys...)
-		if err != nil {
-			return nil, 0, err
-		}
-		revision = max(revision, at)
-		var together, alone []int // those that somebody else is changing too are written one by one
-		for n, i := range pending {
-			kv, found := kvs[keys[n]]
-			have := recordOf[registry.Unit](kv, found)
-			if before, ok := unsure[i]; ok && before.done(have) {
-				steps[i] = before
-				continue
-			}
-			steps[i] = what(i, have)
-			steps[i].have = have
-			if !steps[i].write {
-				continue
-			}
-			mod, planned := seen[i]
-			if planned && mod != kv.ModRevision {
-				alone = append(alone, i)
-			} else {
-				together = append(together, i)
-			}
-			seen[i] = kv.ModRevision
-		}
-		if attempt == attempts && len(together)+len(alone) > 0 {
-			i := append(together, alone...)[0]
-			return nil, 0, fmt.Errorf("change unit %s: %w %d times in a row", names[i], store.ErrConflict, attempts)
+		batches, err := c.plan(ctx, pending)
+		if err == nil && attempt == attempts && len(batches) > 0 {
+			err = fmt.Errorf("change unit %s: %w %d times in a row", names[batches[0][0]], store.ErrConflict, attempts)
 		}
 		pending = nil
-		for _, batch := range append(batches(together, steps), singles(alone)...) {
-			at, err := h.apply(ctx, names, steps, batch)
-			switch {
-			case err == nil:
-				revision = max(revision, at)
-			case errors.Is(err, store.ErrUnknown):
-				for _, i := range batch {
-					unsure[i] = steps[i]
-				}
-				pending = append(pending, batch...)
-			case errors.Is(err, store.ErrConflict):
-				pending = append(pending, batch...)
-			default:
-				return nil, 0, err
+		for _, batch := range batches {
+			if err != nil {
+				break
+			}
+			if err = c.write(ctx, batch); errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrUnknown) {
+				pending, err = append(pending, batch...), nil
 			}
 		}
+		if err != nil {
+			return nil, 0, partly(err, c.written, len(c.unsure), len(names))
+		}
 	}
-	return steps, revision, nil
+	return c.steps, c.revision, nil
+}
+
+// changing is a change under way. Units are called by their index.
+type changing struct {
+	*Handler
+	names    []string
+	what     decide
+	steps    []step
+	seen     map[int]int64 // mod revision from which the unit was planned last
+	unsure   map[int]step  // of which nobody knows whether they were done
+	written  int           // units
+	revision int64
+}
+
+// plan decides about the pending units and returns those to be written, in
+// batches. A unit that somebody else has changed since it was planned last is
+// one of its own, so that it does not hold up others.
+func (c *changing) plan(ctx context.Context, pending []int) ([][]int, error) {
+	var keys []string
+	for _, i := range pending {
+		keys = append(keys, c.Keys.Unit(c.names[i]))
+	}
+	kvs, revision, err := c.Store.GetMany(ctx, 0, keys...)
+	if err != nil {
+		return nil, err
+	}
+	c.revision = max(c.revision, revision)
+	var together []int
+	var alone [][]int
+	for n, i := range pending {
+		kv, found := kvs[keys[n]]
+		have := recordOf[registry.Unit](kv, found)
+		if before, ok := c.unsure[i]; ok && before.done(have) {
+			c.steps[i] = before
+			continue
+		}
+		s := c.what(i, have)
+		s.have = have
+		c.steps[i] = s
+		mod, planned := c.seen[i]
+		c.seen[i] = kv.ModRevision
+		switch {
+		case !s.write:
+		case planned && mod != kv.ModRevision:
+			alone = append(alone, []int{i})
+		default:
+			together = append(together, i)
+		}
+	}
+	return append(inBatches(together, c.steps), alone...), nil
+}
+
+// write does some of the steps in one transaction, if none of their records has
+// changed.
+func (c *changing) write(ctx context.Context, batch []int) error {
+	var ops []store.Op
+	var conds []store.Cond
+	for _, i := range batch {
+		key := c.Keys.Unit(c.names[i])
+		conds = append(conds, store.Unchanged(key, c.steps[i].have.ModRevision))
+		if c.steps[i].destroy {
+			ops = append(ops, store.Delete(key), store.Delete(c.Keys.Move(c.names[i])))
+		} else {
+			ops = append(ops, store.Put(key, c.steps[i].want))
+		}
+	}
+	revision, err := c.Store.Apply(ctx, ops, conds...)
+	if errors.Is(err, store.ErrUnknown) {
+		for _, i := range batch {
+			c.unsure[i] = c.steps[i]
+		}
+	}
+	if err != nil {
+		return err
+	}
+	c.revision = max(c.revision, revision)
+	c.written += len(batch)
+	for _, i := range batch {
+		s := c.steps[i]
+		c.Log.Info("unit "+string(s.result.Outcome), "unit", c.names[i], "desired", s.result.Desired, "revision", revision)
+	}
+	return nil
+}
+
+// partly turns an error that says that nothing was written into one that does
+// not, if that is so.
+func partly(err error, written, unsure, all int) error {
+	switch {
+	case unsure > 0:
+		return fmt.Errorf("%w of some units: %v", store.ErrUnknown, err)
+	case written > 0:
+		return fmt.Errorf("%w: %d of %d units are done, then: %v", store.ErrUnknown, written, all, err)
+	}
+	return err
 }
 
 // done reports whether a record is what the step was to make of it.
@@ -127,31 +184,8 @@ func (s step) done(have record[registry.Unit]) bool {
 	return have.found && have.Value == s.want && have.ModRevision > s.have.ModRevision
 }
 
-// apply writes some of the steps in one transaction, if none of their records
-// has changed.
-func (h *Handler) apply(ctx context.Context, names []string, steps []step, batch []int) (int64, error) {
-	var ops []store.Op
-	var conds []store.Cond
-	for _, i := range batch {
-		key := h.Keys.Unit(names[i])
-		conds = append(conds, store.Unchanged(key, steps[i].have.ModRevision))
-		if steps[i].destroy {
-			ops = append(ops, store.Delete(key), store.Delete(h.Keys.Move(names[i])))
-		} else {
-			ops = append(ops, store.Put(key, steps[i].want))
-		}
-	}
-	revision, err := h.Store.Apply(ctx, ops, conds...)
-	if err == nil {
-		for _, i := range batch {
-			s := steps[i]
-			h.Log.Info("unit "+string(s.result.Outcome), "unit", names[i], "desired", s.result.Desired, "revision", revision)
-		}
-	}
-	return revision, err
-}
-
-func batches(indexes []int, steps []step) [][]int {
+// inBatches cuts what is to be written into transactions.
+func inBatches(indexes []int, steps []step) [][]int {
 	var all [][]int
 	size := 0
 	for _, i := range indexes {
@@ -163,14 +197,6 @@ func batches(indexes []int, steps []step) [][]int {
 		}
 		all = append(all, []int{i})
 		size = length
-	}
-	return all
-}
-
-func singles(indexes []int) [][]int {
-	var all [][]int
-	for _, i := range indexes {
-		all = append(all, []int{i})
 	}
 	return all
 }

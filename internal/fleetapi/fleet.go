@@ -218,7 +218,7 @@ func (h *Handler) asFleet(name string, r record[registry.Unit], p record[registr
 	out := fleetUnit{Name: name, DesiredState: r.registry.Desired}
 	f := fileOf(name, r.registry.Text)
 	if err := errors.Join(r.err, f.err); err != nil {
-		h.Log.Warn("a unit cannot be read", "unit", name, "err", err)
+		h.Log.Debug("a unit cannot be read", "unit", name, "err", err)
 	} else {
 		for _, o := range f.Options {
 			out.Options = append(out.Options, fleetOption{o.Section, o.Name, o.Value})

@@ -1,11 +1,9 @@
 package fleetapi
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"slices"
@@ -175,62 +173,23 @@ func (h *Handler) getUnits(r *http.Request) (any, error) {
 	return Units{Revision: v.revision, Units: v.all(h.Keys)}, nil
 }
 
-// one reads one unit.
-func (h *Handler) one(ctx context.Context, name string) (*view, record[registry.Unit], error) {
-	v, err := h.readNamed(ctx, []string{name})
-	if err != nil {
-		return nil, record[registry.Unit]{}, err
-	}
-	if len(v.units) == 0 {
-		return nil, record[registry.Unit]{}, fail(http.StatusNotFound, "list them with: flotilla list-unit-files", "there is no unit %q", name)
-	}
-	return v, v.units[0], nil
+func noUnit(name string) error {
+	return fail(http.StatusNotFound, "list them with: flotilla list-unit-files", "there is no unit %q", name)
 }
 
 func (h *Handler) getUnit(r *http.Request) (any, error) {
-	v, rec, err := h.one(r.Context(), r.PathValue("name"))
+	name := r.PathValue("name")
+	v, err := h.readNamed(r.Context(), 0, []string{name})
 	if err != nil {
 		return nil, err
 	}
-	u := v.unit(r.PathValue("name"), rec)
-	u.Text = rec.registry.Text
+	if len(v.units) == 0 {
+		return nil, noUnit(name)
+	}
+	u := v.unit(name, v.units[0])
+	u.Text = v.units[0].registry.Text
 	if f, err := unit.Parse(u.Text); err == nil {
 		u.Serialized = f.Serialize()
 	}
 	return u, nil
-}
-
-func (h *Handler) postMove(r *http.Request) (any, error) {
-	var in MoveRequest
-	if err := readBody(r, &in); err != nil {
-		return nil, err
-	}
-	ctx, name := r.Context(), r.PathValue("name")
-	v, rec, err := h.one(ctx, name)
-	if err != nil {
-		return nil, err
-	}
-	f := &fleet{machines: v.machines}
-	id, err := f.find(in.To, false)
-	if err != nil {
-		return nil, err
-	}
-	u := v.unit(name, rec)
-	out := Moved{Machine: v.ref(id), Revision: v.revision}
-	switch {
-	case u.Global:
-		return nil, fail(http.StatusConflict, "", "unit %s is global: it runs on every machine that is fit for it", name)
-	case u.Desired == registry.Inactive || u.Desired == "":
-		return nil, fail(http.StatusConflict, "start it, then move it", "unit %s is inactive and on no machine", name)
-	case u.Machine != nil && u.Machine.ID == id && u.MovingTo == "", u.MovingTo == id:
-		return out, nil
-	}
-	m := registry.Move{V: registry.Version, To: id, Reason: cmp.Or(in.Reason, "somebody asked for it")}
-	revision, err := h.Store.Apply(ctx, []store.Op{store.Put(h.Keys.Move(name), registry.Encode(m))}, store.Present(h.Keys.Unit(name)))
-	if err != nil {
-		return nil, fmt.Errorf("move unit %s: %w", name, err)
-	}
-	h.Log.Info("unit is to move", "unit", name, "machine", id, "reason", m.Reason, "revision", revision)
-	out.Changed, out.Revision = true, revision
-	return out, nil
 }

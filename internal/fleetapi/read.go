@@ -84,7 +84,7 @@ func (v *view) name(keys registry.Keys, r record[registry.Unit]) string {
 func (h *Handler) read(ctx context.Context, patterns []string) (*view, error) {
 	exact := len(patterns) > 0 && len(patterns) <= store.MaxOps && !slices.ContainsFunc(patterns, func(p string) bool { return strings.ContainsAny(p, `*?[\`) })
 	if exact {
-		return h.readNamed(ctx, patterns)
+		return h.readNamed(ctx, 0, patterns)
 	}
 	k := h.Keys
 	prefixes := []string{k.Unit(""), k.Placement(""), k.Unplaced(""), k.Move(""), strings.TrimSuffix(k.Schedule(""), "/"), k.States(""), k.Machine("")}
@@ -112,15 +112,16 @@ func (h *Handler) read(ctx context.Context, patterns []string) (*view, error) {
 	return v, nil
 }
 
-// readNamed reads some units without reading all of them.
-func (h *Handler) readNamed(ctx context.Context, names []string) (*view, error) {
+// readNamed reads some units without reading all of them, as they were at a
+// revision; 0 is now.
+func (h *Handler) readNamed(ctx context.Context, revision int64, names []string) (*view, error) {
 	names = slices.Compact(slices.Sorted(slices.Values(names)))
 	k := h.Keys
 	var keys []string
 	for _, name := range names {
 		keys = append(keys, k.Unit(name), k.Placement(name), k.Unplaced(name), k.Move(name))
 	}
-	first, revision, err := h.Store.GetMany(ctx, 0, keys...)
+	first, revision, err := h.Store.GetMany(ctx, revision, keys...)
 	if err != nil {
 		return nil, err
 	}
