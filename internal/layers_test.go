@@ -49,7 +49,7 @@ var packages = map[string]struct {
 }
 
 // Test support: only tests and benchmarks import these.
-var testSupport = []string{"store/storetest", "systemd/systemdtest", "remote/sshdtest"}
+var testSupport = []string{"store/storetest", "systemd/systemdtest", "remote/sshdtest", "nspawn/nspawntest"}
 
 // Whose business a foreign module is; tests may use it as a client would.
 var edges = map[string]string{

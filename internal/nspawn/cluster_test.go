@@ -4,101 +4,25 @@ package nspawn_test
 
 import (
 	"context"
-	"io/fs"
-	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"flotilla/internal/nspawn"
+	"flotilla/internal/nspawn/nspawntest"
 )
 
 // host returns this machine with a state of its own and the usual cache.
 func host(t *testing.T) *nspawn.Host {
 	t.Helper()
-	h := nspawn.Default(slog.New(slog.NewTextHandler(t.Output(), nil)))
-	if err := h.Check(); err != nil {
-		t.Fatalf("this machine cannot run machines: %v", err)
-	}
+	h := nspawntest.Host(t)
 	h.State = filepath.Join(t.TempDir(), "clusters")
 	return h
-}
-
-// cluster returns a cluster that is removed when the test ends.
-func cluster(t *testing.T, h *nspawn.Host, name string) *nspawn.Cluster {
-	t.Helper()
-	c, err := h.Cluster(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Remove(context.Background()); err != nil {
-			t.Error(err)
-		}
-		if left := traces(t, h, name); len(left) > 0 {
-			t.Errorf("the cluster left behind:\n%s", strings.Join(left, "\n"))
-		}
-	})
-	return c
-}
-
-// traces returns what is left of a cluster whose name is at most 8 characters.
-func traces(t *testing.T, h *nspawn.Host, name string) []string {
-	t.Helper()
-	var left []string
-	links, err := net.Interfaces()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, l := range links {
-		if strings.HasPrefix(l.Name, "fl-"+name) {
-			left = append(left, "link "+l.Name)
-		}
-	}
-	for _, pattern := range []string{filepath.Join(h.State, name), filepath.Join(h.Run, name), "/run/netns/flotilla-" + name + ".*"} {
-		found, err := filepath.Glob(pattern)
-		if err != nil {
-			t.Fatal(err)
-		}
-		left = append(left, found...)
-	}
-	_ = filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && strings.HasPrefix(d.Name(), "flotilla-"+name+".") {
-			left = append(left, path)
-		}
-		return nil
-	})
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, filepath.Join(h.State, name)) || strings.Contains(line, "flotilla-"+name+".") {
-			left = append(left, "mount "+line)
-		}
-	}
-	tables, err := exec.Command("nft", "list", "tables").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(string(tables), "flotilla_"+name) {
-		left = append(left, string(tables))
-	}
-	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range commands {
-		if text, _ := os.ReadFile(file); strings.Contains(string(text), "--machine="+name+".") {
-			left = append(left, "process "+strings.ReplaceAll(string(text), "\x00", " "))
-		}
-	}
-	return left
 }
 
 func create(t *testing.T, c *nspawn.Cluster, s nspawn.Spec) nspawn.Machine {
@@ -107,35 +31,15 @@ func create(t *testing.T, c *nspawn.Cluster, s nspawn.Spec) nspawn.Machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ready(t, c, s.Name)
+	nspawntest.Ready(t, c, s.Name)
 	return m
-}
-
-func ready(t *testing.T, c *nspawn.Cluster, name string) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	if err := c.Ready(ctx, name); err != nil {
-		console, _ := c.Console(t.Context(), name)
-		t.Fatalf("%v\n%s", err, console)
-	}
-}
-
-// on runs a command on a machine and returns what it prints.
-func on(t *testing.T, c *nspawn.Cluster, name, command string) string {
-	t.Helper()
-	out, err := c.SSH(t.Context(), name, command).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s on %s: %v: %s", command, name, err, out)
-	}
-	return strings.TrimSpace(string(out))
 }
 
 func TestMachine(t *testing.T) {
 	for _, release := range nspawn.Releases() {
 		t.Run(release, func(t *testing.T) {
 			h := host(t)
-			c := cluster(t, h, "t"+release[:3])
+			c := nspawntest.Cluster(t, h, "t"+release[:3])
 			began := time.Now()
 			m := create(t, c, nspawn.Spec{Name: "n1", Release: release, Labels: map[string]string{"zone": "a"}, Files: []nspawn.File{
 				{Path: "/etc/flotilla/x.yaml", Text: "hello\n", Mode: 0o600},
@@ -159,7 +63,7 @@ func TestMachine(t *testing.T) {
 					t.Errorf("%s: %q, want %q", command, got, want)
 				}
 			}
-			if got := on(t, c, "n1", "systemctl --failed --no-legend --plain"); got != "" {
+			if got := nspawntest.On(t, c, "n1", "systemctl --failed --no-legend --plain"); got != "" {
 				t.Errorf("units that failed: %s", got)
 			}
 			list, err := c.List(t.Context())
@@ -175,16 +79,16 @@ func TestMachine(t *testing.T) {
 }
 
 func TestPower(t *testing.T) {
-	c := cluster(t, host(t), "tpower")
+	c := nspawntest.Cluster(t, host(t), "tpower")
 	create(t, c, nspawn.Spec{Name: "n1"})
 	create(t, c, nspawn.Spec{Name: "n2"})
-	if got := on(t, c, "n1", "getent hosts n2"); !strings.HasSuffix(got, "n2") {
+	if got := nspawntest.On(t, c, "n1", "getent hosts n2"); !strings.HasSuffix(got, "n2") {
 		t.Errorf("n1 knows n2 as %q", got)
 	}
-	on(t, c, "n1", "nc -z -w5 n2 22")
+	nspawntest.On(t, c, "n1", "nc -z -w5 n2 22")
 
-	on(t, c, "n1", "echo kept >/root/kept; sync")
-	boot := on(t, c, "n1", "systemctl show --value -p KernelTimestampMonotonic; cat /proc/1/stat | cut -d' ' -f22")
+	nspawntest.On(t, c, "n1", "echo kept >/root/kept; sync")
+	boot := nspawntest.On(t, c, "n1", "systemctl show --value -p KernelTimestampMonotonic; cat /proc/1/stat | cut -d' ' -f22")
 	ctx := t.Context()
 	steps := []struct {
 		what string
@@ -238,8 +142,8 @@ func TestPower(t *testing.T) {
 	if err := c.RestoreLink(ctx, "n1"); err != nil {
 		t.Fatal(err)
 	}
-	ready(t, c, "n1")
-	on(t, c, "n2", "nc -z -w5 n1 22")
+	nspawntest.Ready(t, c, "n1")
+	nspawntest.On(t, c, "n2", "nc -z -w5 n1 22")
 
 	if err := c.Stop(ctx, 30*time.Second); err != nil {
 		t.Fatal(err)
@@ -247,7 +151,7 @@ func TestPower(t *testing.T) {
 	for _, name := range []string{"n1", "n2"} {
 		create(t, c, nspawn.Spec{Name: name})
 	}
-	if got := on(t, c, "n1", "cat /root/kept"); got != "kept" {
+	if got := nspawntest.On(t, c, "n1", "cat /root/kept"); got != "kept" {
 		t.Errorf("after stop and start: %q", got)
 	}
 	if err := c.Destroy(ctx, "n1"); err != nil {
@@ -264,7 +168,7 @@ func TestPower(t *testing.T) {
 
 func TestSideBySide(t *testing.T) {
 	h := host(t)
-	a, b := cluster(t, h, "ta"), cluster(t, h, "tb")
+	a, b := nspawntest.Cluster(t, h, "ta"), nspawntest.Cluster(t, h, "tb")
 	m, n := create(t, a, nspawn.Spec{Name: "n1"}), create(t, b, nspawn.Spec{Name: "n1"})
 	if m.Address == n.Address {
 		t.Error("both have the same address")
@@ -279,7 +183,57 @@ func TestSideBySide(t *testing.T) {
 	if err := a.Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got := on(t, b, "n1", "hostname"); got != "n1" {
+	if got := nspawntest.On(t, b, "n1", "hostname"); got != "n1" {
 		t.Errorf("tb's machine answers %q after ta is gone", got)
+	}
+}
+
+// Where TestKilledBuild tells its second process to make a root file system.
+const buildIn = "NSPAWN_TEST_BUILD_IN"
+
+// A build of a root file system ends with the process that wanted it, and what
+// it leaves on disk goes with the next removal of any cluster.
+func TestKilledBuild(t *testing.T) {
+	h := nspawntest.Host(t)
+	if dir := os.Getenv(buildIn); dir != "" {
+		h.Cache = dir
+		_, err := h.Image(context.Background(), nspawn.DefaultRelease)
+		t.Fatalf("the build ended before it was killed: %v", err)
+	}
+	h.State, h.Cache = filepath.Join(t.TempDir(), "clusters"), t.TempDir()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestKilledBuild$", "-test.v")
+	cmd.Env = append(os.Environ(), buildIn+"="+h.Cache)
+	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	unpacking := func() bool {
+		found, err := filepath.Glob(filepath.Join(h.Cache, ".build-*", "root", "usr", "bin", "dpkg"))
+		return err == nil && len(found) > 0
+	}
+	await(t, "dpkg to be unpacked", unpacking)
+	if err := cmd.Process.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	await(t, "the build to end", func() bool { return len(nspawntest.Processes(t, h.Cache)) == 0 })
+	c, err := h.Cluster("tk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(h.Cache, ".build-*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func await(t *testing.T, what string, ready func() bool) {
+	t.Helper()
+	for limit := time.Now().Add(3 * time.Minute); !ready(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("waited in vain for %s", what)
+		}
 	}
 }
