@@ -23,7 +23,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"flotilla": main})
+	testscript.Main(m, map[string]func(){"flotilla": main, "fleetctl": main, "fleetd": main})
 }
 
 // TestScripts runs testdata/*.txtar: what people type and what they read. In a
