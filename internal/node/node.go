@@ -10,6 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -47,6 +49,7 @@ type node struct {
 	lag       *lag
 	presence  *store.Presence
 	api       *api.Server
+	fleet     fleet
 	troubles  troubles
 }
 
@@ -56,9 +59,12 @@ type node struct {
 // the way out the node leaves the list of nodes first and its store stops last.
 // Store and HAProxy outlive a node that is killed; the next one adopts them.
 //
+// sockets are those that systemd opened for this process; the API is served on
+// them too, and they stay open.
+//
 // Errors: another node uses the data directory, a port is taken (with the
 // program that has it), or a part of the node failed.
-func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) (err error) {
+func Run(ctx context.Context, cfg Config, version string, log *slog.Logger, sockets ...*os.File) (err error) {
 	if err := os.MkdirAll(cfg.Data, 0o755); err != nil {
 		return fmt.Errorf("create the data directory: %w", err)
 	}
@@ -73,32 +79,55 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) (err
 		return err
 	}
 	defer func() { err = errors.Join(err, n.client.Close()) }()
-
-	n.discovery.restore(n.lastGood.load())
-	from := n.feed.Latest()
+	listeners, err := n.listeners(sockets)
+	if err != nil {
+		return cfg.explainBind(err)
+	}
 
 	log.Info("node starts", "node", cfg.Name, "address", cfg.Address, "data", cfg.Data, "version", version)
 	var parts []part
 	if cfg.RunsStore() && cfg.Supervise {
 		parts = append(parts, part{"store", n.runStore})
 	}
-	parts = append(parts,
-		part{"store client", n.client.Run},
-		part{"last good catalog", func(ctx context.Context) error { return n.lastGood.run(ctx, n.feed, from) }},
-		part{"discovery", n.discovery.run},
-		part{"schema", n.checkSchema},
-		part{"router", n.router.Run},
-		part{"dns", n.dns.Run},
-		part{"api", n.api.Run},
-		part{"propagation", func(ctx context.Context) error { return n.lag.run(ctx, n.router.Applied, n.api.Propagated) }},
-		part{"presence", n.presence.Run},
-		part{"report", n.report},
-	)
+	parts = append(parts, part{"store client", n.client.Run}, part{"schema", n.checkSchema})
+	parts = append(parts, n.fleetParts()...)
+	if cfg.UnitsOnly {
+		parts = append(parts, part{"api", func(ctx context.Context) error { return n.serveUnits(ctx, listeners) }})
+	} else {
+		parts = append(parts, n.serviceParts(listeners)...)
+	}
 	if err := runAll(ctx, parts...); err != nil {
 		return cfg.explainBind(err)
 	}
 	log.Info("node stopped", "node", cfg.Name)
 	return nil
+}
+
+// serviceParts are what of services runs on this node, those that others need
+// first.
+func (n *node) serviceParts(listeners []net.Listener) []part {
+	n.api.Listeners = listeners
+	n.discovery.restore(n.lastGood.load())
+	from := n.feed.Latest()
+	return []part{
+		{"last good catalog", func(ctx context.Context) error { return n.lastGood.run(ctx, n.feed, from) }},
+		{"discovery", n.discovery.run},
+		{"router", n.router.Run},
+		{"dns", n.dns.Run},
+		{"api", n.api.Run},
+		{"propagation", func(ctx context.Context) error { return n.lag.run(ctx, n.router.Applied, n.api.Propagated) }},
+		{"presence", n.presence.Run},
+		{"report", n.report},
+	}
+}
+
+// serveUnits serves the API of a node without services.
+func (n *node) serveUnits(ctx context.Context, listeners []net.Listener) error {
+	own, err := api.Listen(n.cfg.Socket)
+	if err != nil {
+		return err
+	}
+	return api.Serve(ctx, api.Routes(n.log, n.fleet.handler.Register), n.log, append(listeners, own)...)
 }
 
 // open makes every edge and component; none of them runs yet.
@@ -111,7 +140,11 @@ func (n *node) open() error {
 	if n.client, err = store.Open(store.Config{Endpoints: endpoints, TLS: secure, Local: local, Logger: n.log}); err != nil {
 		return err
 	}
-	if err := n.openComponents(); err != nil {
+	err = n.openFleet()
+	if err == nil && !n.cfg.UnitsOnly {
+		err = n.openComponents()
+	}
+	if err != nil {
 		return errors.Join(err, n.client.Close())
 	}
 	return nil
@@ -146,7 +179,8 @@ func (n *node) openComponents() (err error) {
 		Ports:  api.Ports{HTTP: cfg.HTTPPort, HTTPS: cfg.HTTPSPort, SNI: cfg.TLSPassthroughPort},
 		Socket: cfg.Socket, OpsSocket: ops, Policy: cfg.Policy(), Feed: n.feed, Store: n.client, Router: n.router,
 		DNS: n.dns.Stats, StoreState: n.discovery.state, Problems: func() int { return int(n.discovery.problems.Load()) },
-		Warnings: n.warnings, AcceptEpoch: n.discovery.reflector.AcceptEpoch, Log: n.log,
+		Warnings: n.warnings, AcceptEpoch: n.discovery.reflector.AcceptEpoch,
+		More: []func(*http.ServeMux){n.fleet.handler.Register}, Log: n.log,
 	})
 	return nil
 }

@@ -1,0 +1,141 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"flotilla/internal/agent"
+	"flotilla/internal/api"
+	"flotilla/internal/engine"
+	"flotilla/internal/fleetapi"
+	"flotilla/internal/registry"
+	"flotilla/internal/store"
+	"flotilla/internal/systemd"
+)
+
+// ErrReload as the cause of a context that ends makes Run leave everything as it
+// is, whatever OnStop says: the node is started again at once.
+var ErrReload = errors.New("the node is started again")
+
+// leaveLimit bounds how long a node that drains when it is stopped waits for its
+// units to stop. systemd's default limit for a stop is 90 s.
+const leaveLimit = 80 * time.Second
+
+// fleet is the part of a node that places and runs units.
+type fleet struct {
+	keys    registry.Keys
+	machine registry.Machine
+	systemd *systemd.Conn // nil: this machine runs no units
+	engine  *engine.Engine
+	handler *fleetapi.Handler
+	agent   atomic.Pointer[agent.Agent] // the present one; nil before the first and where none is run
+}
+
+func (n *node) openFleet() (err error) {
+	f := &n.fleet
+	f.keys = registry.Keys{Prefix: n.cfg.KeyPrefix}
+	if f.machine, err = n.cfg.Machine(n.version); err != nil && n.cfg.RunsUnits() {
+		return err
+	}
+	registered := func() bool { return true }
+	if n.cfg.RunsUnits() {
+		f.systemd = systemd.New(n.log)
+		registered = func() bool { a := f.agent.Load(); return a != nil && a.Registered() }
+	}
+	f.engine = engine.New(engine.Config{Store: n.client, Keys: f.keys, Name: n.cfg.Name, Log: n.log})
+	f.handler = fleetapi.New(fleetapi.Config{
+		Store: n.client, Keys: f.keys, Registered: registered, Self: func() string { return f.machine.ID },
+		Version: n.version, TokenLimit: n.cfg.TokenLimit, Log: n.log,
+	})
+	return nil
+}
+
+// fleetParts are what of units runs on this node, those that others need first.
+func (n *node) fleetParts() []part {
+	var parts []part
+	if n.fleet.systemd != nil {
+		parts = append(parts, part{"systemd", n.fleet.systemd.Run}, part{"units", n.runUnits})
+	}
+	if n.cfg.Engine {
+		parts = append(parts, part{"engine", n.fleet.engine.Run})
+	}
+	return parts
+}
+
+// runUnits runs the agent until ctx ends. The machine's keys linger when the
+// node is stopped, so that a restart or an upgrade moves nothing.
+func (n *node) runUnits(ctx context.Context) error {
+	for {
+		err := n.runAgent(ctx)
+		if !errors.Is(err, agent.ErrReplaced) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+func (n *node) runAgent(ctx context.Context) error {
+	ttl := time.Duration(n.cfg.MachineTTL) * time.Second
+	presence := store.NewPresence(n.client, ttl, n.log)
+	presence.Linger(true)
+	a := agent.New(agent.Config{
+		Machine: n.fleet.machine, Keys: n.fleet.keys, Store: n.client, Presence: presence, Systemd: n.fleet.systemd,
+		UnitsDir: n.cfg.UnitsDir, TTL: ttl, Log: n.log,
+	})
+	n.fleet.agent.Store(a)
+	pctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	ended := make(chan error, 1)
+	go func() { ended <- presence.Run(pctx) }()
+	err := a.Run(ctx)
+	if ctx.Err() != nil && n.cfg.OnStop == "drain" && !errors.Is(context.Cause(ctx), ErrReload) {
+		leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveLimit)
+		if left := a.Leave(leave); left != nil {
+			n.log.Warn("units are left on this machine", "err", left)
+		} else {
+			presence.Linger(false)
+		}
+		cancel()
+	}
+	stop()
+	return errors.Join(err, <-ended)
+}
+
+// listeners opens what serves the whole API beside its own socket: the sockets
+// that this process was started with, and those of the configuration.
+func (n *node) listeners(inherited []*os.File) (list []net.Listener, err error) {
+	defer func() {
+		if err != nil {
+			for _, l := range list {
+				err = errors.Join(err, l.Close())
+			}
+		}
+	}()
+	for _, f := range inherited {
+		l, err := net.FileListener(f)
+		if err != nil {
+			return list, fmt.Errorf("serve on socket %s, which this process was started with: %w", f.Name(), err)
+		}
+		if u, ok := l.(*net.UnixListener); ok {
+			u.SetUnlinkOnClose(false) // it is systemd's
+		}
+		list = append(list, l)
+	}
+	for _, where := range n.cfg.APIListen {
+		var l net.Listener
+		if path, ok := strings.CutPrefix(where, "unix:"); ok {
+			l, err = api.Listen(path)
+		} else {
+			l, err = net.Listen("tcp", where)
+		}
+		if err != nil {
+			return list, fmt.Errorf("--api-listen %s: %w", where, err)
+		}
+		list = append(list, l)
+	}
+	return list, nil
+}
