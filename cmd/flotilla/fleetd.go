@@ -11,11 +11,14 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
 
 	"flotilla/internal/node"
 )
@@ -270,17 +273,16 @@ func runFleetd(args []string, stdout, stderr io.Writer) int {
 	return exitDone
 }
 
-// errReload is why a node ends that is started again at once.
-var errReload = errors.New("the configuration is read again")
-
 // serveFleetd runs the node until ctx ends. For each signal from again the file
 // is read anew and, if it is good, the node is run anew with it.
 func serveFleetd(ctx context.Context, again <-chan os.Signal, file string, named bool, stderr io.Writer) error {
 	cfg, log, err := fleetdConfig(file, named, stderr)
+	sockets := activation.Files(false) // kept by this variable over all runs
+	defer runtime.KeepAlive(sockets)
 	for err == nil {
 		run, end := context.WithCancelCause(ctx)
 		ended := make(chan error, 1)
-		go func() { ended <- node.Run(run, cfg, version, log) }()
+		go func() { ended <- node.Run(run, cfg, version, log, sockets...) }()
 		for run.Err() == nil {
 			select {
 			case err := <-ended:
@@ -294,7 +296,7 @@ func serveFleetd(ctx context.Context, again <-chan os.Signal, file string, named
 					continue
 				}
 				cfg, log = next, nextLog
-				end(errReload)
+				end(node.ErrReload)
 			}
 		}
 		err = <-ended

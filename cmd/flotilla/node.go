@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
@@ -38,7 +39,7 @@ the environment, then the file.`,
 			if err := cfg.CheckPrivileges(); err != nil {
 				return usage(err.Error(), cmd.CommandPath()+" --help")
 			}
-			return node.Run(cmd.Context(), cfg, version, newLogger(cmd.ErrOrStderr(), &cfg))
+			return node.Run(cmd.Context(), cfg, version, newLogger(cmd.ErrOrStderr(), &cfg), activation.Files(false)...)
 		},
 	}
 	addOptions(cmd, &given)
