@@ -96,26 +96,28 @@ func (c *Cluster) company(u *unitState, m *machine, counts func(v *unitState) bo
 			return refusal{peer, name}
 		}
 	}
+	var found *unitState
 	for _, p := range u.conflict {
-		if v := first(m.names[p], u, counts); v != nil {
-			return refusal{conflict, v.name}
-		}
+		found = first(found, m.names[p], u, counts)
 	}
 	for _, p := range u.conflicted {
-		if v := first(m.owners[p], u, counts); v != nil {
-			return refusal{conflict, v.name}
-		}
+		found = first(found, m.owners[p], u, counts)
+	}
+	if found != nil {
+		return refusal{conflict, found.name}
 	}
 	for _, p := range u.replaced {
-		if v := first(m.owners[p], u, func(v *unitState) bool { return !mutual(u, v) }); v != nil {
-			return refusal{replaced, v.name}
-		}
+		found = first(found, m.owners[p], u, func(v *unitState) bool { return !mutual(u, v) })
+	}
+	if found != nil {
+		return refusal{replaced, found.name}
 	}
 	return refusal{}
 }
 
-func first(list []*unitState, u *unitState, counts func(*unitState) bool) *unitState {
-	var found *unitState
+// first returns the unit with the lowest name of those that count, but for u
+// itself.
+func first(found *unitState, list []*unitState, u *unitState, counts func(*unitState) bool) *unitState {
 	for _, v := range list {
 		if v != u && (found == nil || v.name < found.name) && counts(v) {
 			found = v
@@ -231,8 +233,8 @@ func (c *Cluster) crowded(u *unitState, m *machine) refusal {
 		if v == u {
 			return r
 		}
-		if r.kind != fits {
-			continue // it leaves
+		if r.kind != fits && v.at != nil {
+			continue // it leaves; a global unit runs all the same
 		}
 		memory, cpu = memory-v.req.Memory, cpu-v.req.CPU
 		for name, n := range v.req.Counters {

@@ -127,6 +127,10 @@ func (c *Cluster) Plan(now time.Time) (steps []Step, next time.Time) {
 	p.keepPlaces()
 	queue := ranked(c.dirty)
 	clear(c.dirty)
+	if len(queue) > 1000 { // most likely each has a step
+		p.steps = slices.Grow(p.steps, len(queue))
+		p.undo = make([]was, 0, len(queue))
+	}
 	for len(queue) > 0 {
 		for _, u := range queue {
 			if _, has := p.done[u]; !has {

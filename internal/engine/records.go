@@ -30,6 +30,19 @@ func (c *Cluster) Revision() int64 { return c.revision }
 // Problems returns why records cannot be used, by key.
 func (c *Cluster) Problems() map[string]string { return maps.Clone(c.problems) }
 
+// Counts returns how many units there are, how many machines are there, and how
+// many units are to be somewhere and are nowhere.
+func (c *Cluster) Counts() (units, machines, unplaced int) {
+	for _, w := range c.waiting {
+		for u := range w.units {
+			if u.at == nil || !u.at.present {
+				unplaced++
+			}
+		}
+	}
+	return len(c.units), c.present, unplaced
+}
+
 // Retry has the next Plan look at a unit although none of its records has
 // changed: what was planned for it could not be written.
 func (c *Cluster) Retry(name string) {
