@@ -102,6 +102,9 @@ func launched(u unitView) (stand, string) {
 	case "failed":
 		return broken, st.Trouble
 	case "inactive":
+		if st.Waiting != "" {
+			return underWay, ""
+		}
 		return doubtful, "it has ended"
 	}
 	return underWay, ""
