@@ -91,6 +91,7 @@ type growth struct {
 	release  string
 	binary   string
 	metadata []string
+	settings []string
 	limit    time.Duration
 	keep     bool
 }
@@ -99,6 +100,7 @@ func (g *growth) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&g.release, "release", nspawn.DefaultRelease, "release of Debian of new nodes: "+strings.Join(nspawn.Releases(), " or "))
 	cmd.Flags().StringVar(&g.binary, "binary", "", "flotilla `PROGRAM` of new nodes (default: this one)")
 	cmd.Flags().StringArrayVar(&g.metadata, "metadata", nil, "`KEY=VALUE` that new nodes have as metadata (repeatable)")
+	cmd.Flags().StringArrayVar(&g.settings, "set", nil, "`SETTING=VALUE` of flotilla node for new nodes, as machine-ttl=5 (repeatable)")
 	cmd.Flags().DurationVar(&g.limit, "timeout", 2*time.Minute, "how long the nodes may take to find each other")
 }
 
@@ -116,6 +118,12 @@ func (g *growth) check(cmd *cobra.Command) error {
 	for _, m := range g.metadata {
 		if key, _, ok := strings.Cut(m, "="); !ok || key == "" || strings.ContainsAny(m, ",\n") {
 			return bad("--metadata %q is not KEY=VALUE", m)
+		}
+	}
+	for _, given := range g.settings {
+		key, value, _ := strings.Cut(given, "=")
+		if _, ok := settingLine(key, value); !ok || value == "" {
+			return bad("--set %q is not SETTING=VALUE of flotilla node", given)
 		}
 	}
 	if g.binary == "" {
@@ -211,8 +219,10 @@ func (c *cli) grow(cmd *cobra.Command, l local, g growth, missing func(there []s
 		return err
 	}
 	var there []string
+	made := false // one is complete
 	for _, m := range machines {
 		there = append(there, m.Name)
+		made = made || m.Complete
 	}
 	names := slices.Concat(there, newNames(there, missing(there)))
 	g.nodes = len(names)
@@ -225,10 +235,10 @@ func (c *cli) grow(cmd *cobra.Command, l local, g growth, missing func(there []s
 			return err
 		}
 	}
-	// Who is alone founds the store; it has to be on record before all others, so
-	// that a second try makes it the same way.
+	// The first node founds the store and the others join it. It is complete
+	// before any other is begun, so that a second try makes it the same way.
 	first := 0
-	if len(there) == 0 {
+	if !made {
 		first = 1
 		if err := c.start(ctx, l, g, names[0], nil, tell); err != nil {
 			return err
@@ -314,6 +324,11 @@ func nodeFiles(h *nspawn.Host, g growth, name string, join []string) ([]nspawn.F
 	settings := [][2]string{
 		{"name", name}, {"data", cfg.Data}, {"insecure", "true"}, {"join", strings.Join(join, ",")}, {"dns-upstream", upstream},
 		{"metadata", strings.Join(g.metadata, ",")},
+	}
+	for _, given := range g.settings {
+		key, value, _ := strings.Cut(given, "=")
+		settings = slices.DeleteFunc(settings, func(s [2]string) bool { return s[0] == key })
+		settings = append(settings, [2]string{key, value})
 	}
 	text := "# Written by flotilla cluster.\n"
 	for _, s := range settings {
