@@ -84,13 +84,15 @@ func (s *session) DeliverSignal(iface, member string, signal *dbus.Signal) {
 	case "org.freedesktop.DBus.Properties.PropertiesChanged":
 		if escaped, ok := strings.CutPrefix(string(signal.Path), unitRoot); ok {
 			s.changes.unit(unescape(escaped))
+		} else if strings.HasPrefix(string(signal.Path), jobRoot) {
+			s.announced(signal.Path, false, "") // it says that it runs
 		}
 	case manager + ".JobRemoved":
 		var id uint32
 		var path dbus.ObjectPath
 		var name, result string
 		if dbus.Store(signal.Body, &id, &path, &name, &result) == nil {
-			s.ended(path, Result(result))
+			s.announced(path, true, Result(result))
 			s.changes.unit(name)
 		}
 	case manager + ".Reloading":

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,26 +29,20 @@ func FenceDropIn(section string) string {
 	return "[Unit]\nAssertPathExists=" + FenceGate + "\n[" + section + "]\nSlice=" + FenceSlice + "\n"
 }
 
-// fenceScript is what PID 1 runs when the time is up, in this order: nothing in
-// the slice starts any more; what runs shall stop, so that Restart= does
-// nothing, and no other wish can replace that one; then SIGKILL, again and
-// again, for ExecStop= and ExecStopPost= start processes too.
+// fenceScript is what PID 1 runs when the time is up. With the gate closed
+// nothing in the slice starts again, Restart= included. Then SIGKILL, and again,
+// for ExecStop= and ExecStopPost= start processes too; and the wish that the
+// units stop, which nothing may replace. It ends when systemd says that all
+// have, and not when systemd does not answer.
 const fenceScript = `rm -f ` + FenceGate + `
-systemctl stop --no-block --job-mode=replace-irreversibly ` + FenceSlice + ` 2>/dev/null
-while systemctl kill --signal=SIGKILL ` + FenceSlice + ` 2>/dev/null
-	systemctl is-active --quiet ` + FenceSlice + `
+until
+	systemctl kill --signal=SIGKILL ` + FenceSlice + `
+	systemctl stop --no-block --job-mode=replace-irreversibly ` + FenceSlice + `
+	test "$(systemctl is-active ` + FenceSlice + `)" = inactive
 do sleep 0.02
-done`
+done 2>/dev/null`
 
 const fencePrefix = "flotilla-fence-"
-
-// fence is what we know of the timers that PID 1 keeps for us.
-type fence struct {
-	turn    chan struct{} // room for one: who has put a value in may read and write the rest
-	listed  bool          // armed holds those of an earlier process too
-	armed   []string      // without .timer; more than one only after an unknown outcome
-	startup uint64        // when PID 1 started, microseconds of CLOCK_MONOTONIC
-}
 
 type setting struct {
 	Name  string
@@ -59,7 +54,8 @@ type setting struct {
 // process may be dead or frozen. Until Fence is called again, no unit of the
 // slice comes back. Time counts from the call of Fence; reloading and
 // re-executing systemd does not change it; time asleep (suspend) does not
-// count. An error leaves the earlier fence in force, or both.
+// count. After an error the earlier fence is in force, or the new one. Fence must
+// not be called at the same time as itself or Unfence.
 func (c *Conn) Fence(ctx context.Context, after time.Duration) error {
 	now, err := monotonic()
 	if err != nil {
@@ -68,34 +64,31 @@ func (c *Conn) Fence(ctx context.Context, after time.Duration) error {
 	if after <= 0 {
 		return fmt.Errorf("arm the fence: %v is in the past", after)
 	}
-	f := &c.fence
-	if err := f.take(ctx); err != nil {
-		return fmt.Errorf("arm the fence: %w", err)
+	var startup uint64 // when PID 1 started, in microseconds
+	err = c.ask(ctx, rootPath, "org.freedesktop.DBus.Properties.Get", []any{manager, "UserspaceTimestampMonotonic"}, &startup)
+	if err != nil {
+		return fmt.Errorf("arm the fence: ask when systemd started: %w", err)
 	}
-	defer f.give()
-	if err := c.learn(ctx); err != nil {
+	others, err := c.fences(ctx)
+	if err != nil {
 		return fmt.Errorf("arm the fence: %w", err)
 	}
 	// A timer cannot be set anew: each is another unit, and takes the place of
 	// those before in one transaction of PID 1.
 	name := fmt.Sprintf("%s%d", fencePrefix, now)
-	var others []string
-	for _, old := range f.armed {
-		others = append(others, old+".timer", old+".service")
-	}
 	common := []setting{
 		{"Description", dbus.MakeVariant("Fence around " + FenceSlice)},
 		{"DefaultDependencies", dbus.MakeVariant(false)},
 		{"IgnoreOnIsolate", dbus.MakeVariant(true)},
 		{"CollectMode", dbus.MakeVariant("inactive-or-failed")},
 	}
-	// Not OnActiveUSec: that one starts again at every daemon-reload.
+	// Not OnActiveSec: that one starts again at every daemon-reload.
 	type trigger struct {
 		Base string
 		USec uint64
 	}
 	timer := append(common[:len(common):len(common)],
-		setting{"TimersMonotonic", dbus.MakeVariant([]trigger{{"OnStartupUSec", uint64(now+after)/1e3 - f.startup}})},
+		setting{"TimersMonotonic", dbus.MakeVariant([]trigger{{"OnStartupSec", uint64(now+after)/1e3 - startup}})},
 		setting{"AccuracyUSec", dbus.MakeVariant(uint64(1000))},
 		setting{"RemainAfterElapse", dbus.MakeVariant(false)},
 		setting{"Conflicts", dbus.MakeVariant(others)},
@@ -116,80 +109,60 @@ func (c *Conn) Fence(ctx context.Context, after time.Duration) error {
 		Name       string
 		Properties []setting
 	}
-	f.armed = append(f.armed, name)
-	r, err := c.order(ctx, "start", name+".timer", manager+".StartTransientUnit",
+	r, err := c.order(ctx, nil, manager+".StartTransientUnit",
 		name+".timer", "replace", timer, []auxiliary{{name + ".service", service}})
 	if err == nil && r != Done {
-		err = fmt.Errorf("start %s.timer: %s", name, r)
+		err = fmt.Errorf("start of its timer: %s", r)
 	}
 	if err != nil {
 		return fmt.Errorf("arm the fence: %w", err)
 	}
-	f.armed = []string{name}
-	return openGate()
+	// The gate must not open after the fence has fired.
+	if err := before(now + after); err != nil {
+		return err
+	}
+	if err := openGate(); err != nil {
+		return err
+	}
+	if err := before(now + after); err != nil {
+		return errors.Join(err, os.Remove(FenceGate))
+	}
+	return nil
 }
 
 // Unfence disarms the fence and lets no further unit of the slice start. It
 // does not touch those that run.
 func (c *Conn) Unfence(ctx context.Context) error {
-	f := &c.fence
-	if err := f.take(ctx); err != nil {
-		return fmt.Errorf("disarm the fence: %w", err)
-	}
-	defer f.give()
 	if err := os.Remove(FenceGate); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("disarm the fence: %w", err)
 	}
-	if err := c.learn(ctx); err != nil {
+	armed, err := c.fences(ctx)
+	if err != nil {
 		return fmt.Errorf("disarm the fence: %w", err)
 	}
-	for len(f.armed) > 0 {
-		for _, kind := range []string{".timer", ".service"} {
-			if _, err := c.Stop(ctx, f.armed[0]+kind); err != nil {
-				return fmt.Errorf("disarm the fence: %w", err)
-			}
+	for _, name := range armed {
+		if _, err := c.Stop(ctx, name); err != nil {
+			return fmt.Errorf("disarm the fence: %w", err)
 		}
-		f.armed = f.armed[1:]
 	}
 	return nil
 }
 
-// learn finds once what PID 1 keeps, for whoever armed it.
-func (c *Conn) learn(ctx context.Context) error {
-	f := &c.fence
-	if f.listed {
-		return nil
-	}
-	err := c.ask(ctx, rootPath, "org.freedesktop.DBus.Properties.Get", []any{manager, "UserspaceTimestampMonotonic"}, &f.startup)
-	if err != nil {
-		return fmt.Errorf("ask when systemd started: %w", err)
-	}
+// fences lists the timers and services that PID 1 keeps, whoever armed them;
+// timers first.
+func (c *Conn) fences(ctx context.Context) ([]string, error) {
 	var rows []row
-	err = c.ask(ctx, rootPath, manager+".ListUnitsByPatterns", []any{[]string{}, []string{fencePrefix + "*"}}, &rows)
+	err := c.ask(ctx, rootPath, manager+".ListUnitsByPatterns", []any{[]string{}, []string{fencePrefix + "*"}}, &rows)
 	if err != nil {
-		return fmt.Errorf("list fences: %w", err)
+		return nil, fmt.Errorf("list fences: %w", err)
 	}
+	var names []string
 	for _, r := range rows {
-		if name, ok := strings.CutSuffix(r.Name, ".timer"); ok {
-			f.armed = append(f.armed, name)
-		} else if name, ok := strings.CutSuffix(r.Name, ".service"); ok && r.Active != "inactive" {
-			f.armed = append(f.armed, name) // it fired; its timer is gone
-		}
+		names = append(names, r.Name)
 	}
-	f.listed = true
-	return nil
+	slices.SortFunc(names, func(a, b string) int { return strings.Compare(filepath.Ext(b), filepath.Ext(a)) })
+	return names, nil
 }
-
-func (f *fence) take(ctx context.Context) error {
-	select {
-	case f.turn <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (f *fence) give() { <-f.turn }
 
 func openGate() error {
 	if err := os.MkdirAll(filepath.Dir(FenceGate), 0o755); err != nil {
@@ -200,6 +173,17 @@ func openGate() error {
 		return fmt.Errorf("open the fence's gate: %w", err)
 	}
 	return file.Close()
+}
+
+func before(deadline time.Duration) error {
+	now, err := monotonic()
+	if err == nil && now >= deadline {
+		err = errors.New("its time has passed meanwhile")
+	}
+	if err != nil {
+		return fmt.Errorf("arm the fence: %w", err)
+	}
+	return nil
 }
 
 // monotonic is the clock of systemd's monotonic timers.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 )
@@ -29,49 +30,113 @@ const (
 // systemd refused (ErrNoUnit, or its words) or, wrapping ErrUnknown, that the
 // connection or ctx ended after it was asked. ctx ending does not call it off.
 func (c *Conn) Start(ctx context.Context, name string) (Result, error) {
-	return c.order(ctx, "start", name, manager+".StartUnit", name, "replace")
+	r, err := c.order(ctx, c.starts, manager+".StartUnit", name, "replace")
+	if err != nil {
+		return "", fmt.Errorf("start %s: %w", name, err)
+	}
+	return r, nil
 }
 
 // Stop stops the unit and waits until it has stopped, ExecStopPost= included.
 // A unit that is not loaded is stopped: Done. Errors are those of Start.
 func (c *Conn) Stop(ctx context.Context, name string) (Result, error) {
-	r, err := c.order(ctx, "stop", name, manager+".StopUnit", name, "replace")
-	if errors.Is(err, ErrNoUnit) {
+	r, err := c.order(ctx, c.stops, manager+".StopUnit", name, "replace")
+	switch {
+	case errors.Is(err, ErrNoUnit):
 		return Done, nil
+	case err != nil:
+		return "", fmt.Errorf("stop %s: %w", name, err)
 	}
-	return r, err
+	return r, nil
 }
 
 // Restart stops the unit if it runs, then starts it. Result and errors are
 // those of Start.
 func (c *Conn) Restart(ctx context.Context, name string) (Result, error) {
-	return c.order(ctx, "restart", name, manager+".RestartUnit", name, "replace")
+	r, err := c.order(ctx, c.starts, manager+".RestartUnit", name, "replace")
+	if err != nil {
+		return "", fmt.Errorf("restart %s: %w", name, err)
+	}
+	return r, nil
 }
+
+// A crowd is how many jobs may wait at a time for systemd to begin with them.
+// Once it has begun it is deaf, to us and to its timers, until it has forked for
+// every job that can run: 500 starts at once delay a fence by 10 s and more.
+// Stops do not wait for starts.
+type crowd chan struct{}
+
+const (
+	startCrowd = 8
+	stopCrowd  = 32 // takes systemd less time each
+)
+
+// slow is after what time a job that has not begun may be waiting for another
+// one, which takes no time of systemd.
+const slow = 200 * time.Millisecond
 
 // order calls a method that answers with the path of a systemd job, and waits
-// for that to end. Any number may wait at a time.
-func (c *Conn) order(ctx context.Context, verb, name, method string, args ...any) (Result, error) {
-	s, err := c.session(ctx)
-	if err != nil {
-		return "", fmt.Errorf("%s %s: %w", verb, name, err)
-	}
-	ended, err := s.enqueue(ctx, method, args...)
-	if err == nil {
+// for that to end. Any number may wait at a time. No crowd: at once.
+func (c *Conn) order(ctx context.Context, crowd crowd, method string, args ...any) (Result, error) {
+	if crowd != nil {
 		select {
-		case r := <-ended:
-			return r, nil
-		case <-s.bus.Context().Done():
-			err = fmt.Errorf("%w: the connection to systemd was lost", ErrUnknown)
+		case crowd <- struct{}{}:
 		case <-ctx.Done():
-			err = fmt.Errorf("%w: %w", ErrUnknown, ctx.Err())
+			return "", ctx.Err()
 		}
 	}
-	return "", fmt.Errorf("%s %s: %w", verb, name, err)
+	s, j, err := c.begin(ctx, method, args...)
+	if crowd != nil {
+		<-crowd
+	}
+	if err != nil {
+		return "", err
+	}
+	select {
+	case <-j.ended:
+		return j.result, nil
+	case <-s.bus.Context().Done():
+		return "", fmt.Errorf("%w: the connection to systemd was lost", ErrUnknown)
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: %w", ErrUnknown, ctx.Err())
+	}
 }
 
-// enqueue returns a channel that will receive the result, also when that is
-// announced before the answer to the call.
-func (s *session) enqueue(ctx context.Context, method string, args ...any) (<-chan Result, error) {
+// begin returns when systemd has begun with the job, or has nothing to do for
+// it now.
+func (c *Conn) begin(ctx context.Context, method string, args ...any) (*session, *job, error) {
+	s, err := c.session(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	j, err := s.enqueue(ctx, method, args...)
+	if err != nil {
+		return nil, nil, err
+	}
+	wait := time.NewTimer(slow)
+	defer wait.Stop()
+	select {
+	case <-j.begun:
+	case <-j.ended:
+	case <-s.bus.Context().Done():
+	case <-ctx.Done():
+	case <-wait.C:
+		// Answered when systemd hears again. That it fails will show.
+		s.object.CallWithContext(ctx, "org.freedesktop.DBus.Peer.Ping", 0)
+	}
+	return s, j, nil
+}
+
+// A job is what systemd does because it was asked to.
+type job struct {
+	begun, ended chan struct{} // closed
+	result       Result        // once ended is closed
+	ours         bool
+}
+
+// enqueue returns the job that the method's answer names, complete with what
+// was announced of it before the answer came.
+func (s *session) enqueue(ctx context.Context, method string, args ...any) (*job, error) {
 	s.mu.Lock()
 	s.calls++
 	s.mu.Unlock()
@@ -92,28 +157,55 @@ func (s *session) enqueue(ctx context.Context, method string, args ...any) (<-ch
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ended := make(chan Result, 1)
+	var j *job
 	if err == nil {
-		if r, ok := s.early[path]; ok {
-			ended <- r
-		} else {
-			s.waiting[path] = append(s.waiting[path], ended)
-		}
+		j = s.job(path)
+		j.ours = true
 	}
 	if s.calls--; s.calls == 0 {
-		maps.DeleteFunc(s.early, func(dbus.ObjectPath, Result) bool { return true })
+		maps.DeleteFunc(s.jobs, func(_ dbus.ObjectPath, j *job) bool { return !j.ours || isClosed(j.ended) })
 	}
-	return ended, err
+	return j, err
 }
 
-func (s *session) ended(path dbus.ObjectPath, r Result) {
+// job returns the job with that path; s.mu must be held.
+func (s *session) job(path dbus.ObjectPath) *job {
+	j := s.jobs[path]
+	if j == nil {
+		j = &job{begun: make(chan struct{}), ended: make(chan struct{})}
+		s.jobs[path] = j
+	}
+	return j
+}
+
+// announced notes what systemd says of a job, if it is one of ours or may be.
+func (s *session) announced(path dbus.ObjectPath, ended bool, r Result) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, ch := range s.waiting[path] {
-		ch <- r
+	if s.jobs[path] == nil && s.calls == 0 {
+		return
 	}
-	delete(s.waiting, path)
-	if s.calls > 0 {
-		s.early[path] = r
+	j := s.job(path)
+	if !ended {
+		if !isClosed(j.begun) {
+			close(j.begun)
+		}
+		return
+	}
+	if !isClosed(j.ended) {
+		j.result = r
+		close(j.ended)
+	}
+	if s.calls == 0 {
+		delete(s.jobs, path)
+	}
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,7 @@ const (
 	booted    = "/run/systemd/system"            // a directory where systemd is the init system
 	busName   = "org.freedesktop.systemd1"
 	manager   = busName + ".Manager"
+	jobRoot   = "/org/freedesktop/systemd1/job/"
 	unitRoot  = "/org/freedesktop/systemd1/unit/"
 	rootPath  = "/org/freedesktop/systemd1"
 	redialMin = 20 * time.Millisecond
@@ -57,7 +59,8 @@ type Conn struct {
 	log     *slog.Logger
 	head    atomic.Pointer[link]
 	changes changes
-	fence   fence
+	starts  crowd
+	stops   crowd
 }
 
 // A link is the present session, or nil with the reason why there is none.
@@ -69,9 +72,8 @@ type link struct {
 
 // New returns a connection that Run will make. The logger must not be nil.
 func New(log *slog.Logger) *Conn {
-	c := &Conn{log: log}
+	c := &Conn{log: log, starts: make(crowd, startCrowd), stops: make(crowd, stopCrowd)}
 	c.changes.wake = make(chan struct{}, 1)
-	c.fence.turn = make(chan struct{}, 1)
 	c.head.Store(&link{err: errors.New("not connected yet"), replaced: make(chan struct{})})
 	return c
 }
@@ -122,18 +124,13 @@ type session struct {
 	object  dbus.BusObject
 	changes *changes
 
-	mu      sync.Mutex                          // guards what follows
-	calls   int                                 // that will be answered with a path to wait for
-	early   map[dbus.ObjectPath]Result          // ended while such a call was not answered yet
-	waiting map[dbus.ObjectPath][]chan<- Result // each with room for one
+	mu    sync.Mutex               // guards what follows
+	calls int                      // that will be answered with the path of a job
+	jobs  map[dbus.ObjectPath]*job // that somebody waits for, or may once such a call is answered
 }
 
 func (c *Conn) dial(ctx context.Context) (*session, error) {
-	s := &session{
-		changes: &c.changes,
-		early:   make(map[dbus.ObjectPath]Result),
-		waiting: make(map[dbus.ObjectPath][]chan<- Result),
-	}
+	s := &session{changes: &c.changes, jobs: make(map[dbus.ObjectPath]*job)}
 	bus, err := dbus.Dial(address, dbus.WithContext(ctx), dbus.WithSignalHandler(s))
 	if err != nil {
 		return nil, err
@@ -169,8 +166,8 @@ func (c *Conn) session(ctx context.Context) (*session, error) {
 	}
 }
 
-// ask calls a method of the object at path and stores its answer. The method
-// must be one that does no harm when it is called twice: it is, when the
+// ask calls a method of the object at path and stores its answer; without a
+// place for it the answer does not matter. The method must be one that does no harm when it is called twice: it is, when the
 // connection is lost before the answer.
 func (c *Conn) ask(ctx context.Context, path dbus.ObjectPath, method string, args []any, answer ...any) error {
 	for {
@@ -180,6 +177,8 @@ func (c *Conn) ask(ctx context.Context, path dbus.ObjectPath, method string, arg
 		}
 		call := s.bus.Object(busName, path).CallWithContext(ctx, method, 0, args...)
 		switch {
+		case call.Err == nil && len(answer) == 0:
+			return nil
 		case call.Err == nil:
 			return call.Store(answer...)
 		case refused(call.Err):
@@ -205,11 +204,7 @@ func explain(err error) error {
 	if !errors.As(err, &said) {
 		return err
 	}
-	a := &answer{name: said.Name, text: said.Error()}
-	for n := len(a.text); n > 0 && a.text[n-1] == '.'; n-- {
-		a.text = a.text[:n-1]
-	}
-	return a
+	return &answer{name: said.Name, text: strings.TrimRight(said.Error(), ".")}
 }
 
 // An answer is a refusal in systemd's words.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 	"time"
 
@@ -114,7 +115,8 @@ func (c *Conn) Detail(ctx context.Context, name string) (Detail, error) {
 		d.Since = time.UnixMicro(int64(us))
 	}
 	if v, ok := p["LoadError"].Value().([]any); ok && len(v) == 2 {
-		d.LoadError, _ = v[1].(string)
+		text, _ := v[1].(string)
+		d.LoadError = strings.TrimRight(text, ".")
 	}
 	return d, nil
 }

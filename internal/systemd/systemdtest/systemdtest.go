@@ -50,10 +50,10 @@ func Main(m *testing.M, releases ...string) {
 	if slices.ContainsFunc(os.Args[1:], func(arg string) bool { return strings.HasPrefix(arg, "-test.list") }) {
 		os.Exit(m.Run())
 	}
-	// A machine dies with the thread that started it, so that none is left when
-	// this process is killed.
+	// nspawn dies with the thread that started it. A machine that outlives that,
+	// because its systemd has re-executed itself, is killed by the next run.
 	runtime.LockOSThread()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
 	exit := 0
 	for _, r := range releases {
 		if err := runOn(ctx, r); err != nil {
@@ -229,7 +229,7 @@ func makeGroups() ([]string, error) {
 		for _, group := range old {
 			pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(group), cgroups))
 			if err == nil && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
-				if err := removeGroups([]string{group}); err != nil {
+				if err := errors.Join(killGroup(group), removeGroups([]string{group})); err != nil {
 					return nil, err
 				}
 			}
@@ -241,6 +241,29 @@ func makeGroups() ([]string, error) {
 		made = append(made, group)
 	}
 	return made, nil
+}
+
+// killGroup kills the processes in the group and in those in it.
+func killGroup(group string) error {
+	return filepath.WalkDir(group, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.Name() != "cgroup.procs" {
+			return err
+		}
+		pids, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, field := range strings.Fields(string(pids)) {
+			pid, err := strconv.Atoi(field)
+			if err != nil {
+				return err
+			}
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // removeGroups removes the groups and those in them. Killed processes leave
