@@ -207,11 +207,10 @@ func TestKilledBuild(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	unpacking := func() bool {
-		found, err := filepath.Glob(filepath.Join(h.Cache, ".build-*", "root", "usr", "bin", "dpkg"))
+	await(t, "packages to be fetched", func() bool {
+		found, err := filepath.Glob(filepath.Join(h.Cache, ".build-*", "root", "var", "cache", "apt", "archives", "partial", "*"))
 		return err == nil && len(found) > 0
-	}
-	await(t, "dpkg to be unpacked", unpacking)
+	})
 	if err := cmd.Process.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +230,7 @@ func TestKilledBuild(t *testing.T) {
 
 func await(t *testing.T, what string, ready func() bool) {
 	t.Helper()
-	for limit := time.Now().Add(3 * time.Minute); !ready(); time.Sleep(20 * time.Millisecond) {
+	for limit := time.Now().Add(5 * time.Minute); !ready(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(limit) {
 			t.Fatalf("waited in vain for %s", what)
 		}
