@@ -23,6 +23,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"strconv"
 	"strings"
 )
 
@@ -222,14 +223,17 @@ func Encode[R Record](r R) string {
 // Decode reads a record. Errors: it is not JSON of that shape, or of a newer
 // version than this program knows.
 func Decode[R Record](value string) (r R, err error) {
-	var head struct {
-		V int `json:"v"`
-	}
-	if err := json.Unmarshal([]byte(value), &head); err != nil {
-		return r, fmt.Errorf("record is not valid: %w", err)
-	}
-	if head.V != Version {
-		return r, fmt.Errorf("record has version %d, this program reads %d: upgrade it", head.V, Version)
+	// As Encode begins: that saves half of the work.
+	if !strings.HasPrefix(value, `{"v":`+strconv.Itoa(Version)+`,`) {
+		var head struct {
+			V int `json:"v"`
+		}
+		if err := json.Unmarshal([]byte(value), &head); err != nil {
+			return r, fmt.Errorf("record is not valid: %w", err)
+		}
+		if head.V != Version {
+			return r, fmt.Errorf("record has version %d, this program reads %d: upgrade it", head.V, Version)
+		}
 	}
 	if err := json.Unmarshal([]byte(value), &r); err != nil {
 		return r, fmt.Errorf("record is not valid: %w", err)
