@@ -476,39 +476,41 @@ func (r *unitRun) restart(ctx context.Context, args []string, w waiting) error {
 func (c *cli) destroyCommand() *cobra.Command {
 	var w waiting
 	cmd := c.unitVerb("destroy UNIT...", "Stop units and remove them from the cluster", existingHelp+"\nIt does not wait until they have stopped.",
-		func(ctx context.Context, r *unitRun, args []string) error {
-			list, missing, err := r.pick(ctx, args)
-			if err != nil {
-				return err
-			}
-			if len(list) == 0 && r.fleet {
-				say(r.io.err, "Units not found in registry\n")
-				return nil
-			}
-			results, err := r.changeUnits(ctx, fleetapi.Changes{Names: namesOf(list), Destroy: true})
-			if err != nil && r.fleet {
-				return fleetSays{"Error destroying units: ", err}
-			} else if err != nil {
-				return err
-			}
-			if r.output == "json" {
-				return cmpErr(sayJSON(r.io.out, namesOf(list)), missing)
-			}
-			var refused []fleetapi.Result
-			for _, u := range list {
-				if res := results[u.Name]; res.Outcome == fleetapi.Refused {
-					refused = append(refused, res)
-				} else {
-					say(r.io.out, "Destroyed %s\n", u.Name)
-				}
-			}
-			return cmpErr(r.sayRefused(refused), missing)
-		})
+		func(ctx context.Context, r *unitRun, args []string) error { return r.destroy(ctx, args) })
 	w.add(cmd, c.fleet)
 	_ = cmd.Flags().MarkHidden("timeout") // for scripts of fleetctl: it never waited either
 	_ = cmd.Flags().MarkHidden("no-block")
 	_ = cmd.Flags().MarkHidden("block-attempts")
 	return cmd
+}
+
+func (r *unitRun) destroy(ctx context.Context, args []string) error {
+	list, missing, err := r.pick(ctx, args)
+	if err != nil {
+		return err
+	}
+	if len(list) == 0 && r.fleet {
+		say(r.io.err, "Units not found in registry\n")
+		return nil
+	}
+	results, err := r.changeUnits(ctx, fleetapi.Changes{Names: namesOf(list), Destroy: true})
+	if err != nil && r.fleet {
+		return fleetSays{"Error destroying units: ", err}
+	} else if err != nil {
+		return err
+	}
+	if r.output == "json" {
+		return cmpErr(sayJSON(r.io.out, namesOf(list)), missing)
+	}
+	var refused []fleetapi.Result
+	for _, u := range list {
+		if res := results[u.Name]; res.Outcome == fleetapi.Refused {
+			refused = append(refused, res)
+		} else {
+			say(r.io.out, "Destroyed %s\n", u.Name)
+		}
+	}
+	return cmpErr(r.sayRefused(refused), missing)
 }
 
 func (c *cli) catCommand() *cobra.Command {

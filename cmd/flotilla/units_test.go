@@ -13,11 +13,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"flotilla/internal/api"
 	"flotilla/internal/fleetapi"
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
@@ -58,32 +61,25 @@ func setStage(env *testscript.Env, endpoint string) error {
 	if err != nil {
 		return err
 	}
-	client, err := store.Open(store.Config{Endpoints: []string{endpoint}, Logger: slog.New(slog.DiscardHandler)})
+	s, mux, err := newStage(dir, endpoint)
 	if err != nil {
 		return err
 	}
-	s := &stage{client, registry.Keys{Prefix: "/" + filepath.Base(dir) + "/"}, map[string]int64{}}
-	h := fleetapi.New(fleetapi.Config{Store: client, Keys: s.keys, Self: func() string { return machineIDs[0] }, Version: "1.2.3", Log: slog.New(slog.DiscardHandler),
-		Registered: func() bool { _, err := os.Stat(filepath.Join(dir, "unregistered")); return err != nil }})
-	mux := http.NewServeMux()
-	h.Register(mux)
+	client := s.store
 	socket := filepath.Join(dir, "node.sock")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		return err
 	}
 	server := httptest.NewUnstartedServer(mux)
-	server.Listener.Close() //nolint:errcheck // it is replaced
+	if err := server.Listener.Close(); err != nil {
+		return err
+	}
 	server.Listener = l
 	server.Start()
 	tcp := httptest.NewServer(mux)
 
 	for i, id := range machineIDs {
-		m := registry.Machine{V: registry.Version, ID: id, Node: fmt.Sprintf("n%d", i+1), Address: fmt.Sprintf("10.0.0.%d", i+1),
-			Units: true, Metadata: map[string]string{"zone": string(rune('a' + i))}}
-		if _, err := client.Apply(context.Background(), []store.Op{store.Put(s.keys.Machine(id), registry.Encode(m))}); err != nil {
-			return err
-		}
 		env.Setenv(fmt.Sprintf("M%d", i+1), id)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -107,6 +103,90 @@ func setStage(env *testscript.Env, endpoint string) error {
 		env.Setenv(name, value)
 	}
 	return nil
+}
+
+// newStage returns a stage of its own on the store, and the API on it.
+func newStage(dir, endpoint string) (*stage, *http.ServeMux, error) {
+	client, err := store.Open(store.Config{Endpoints: []string{endpoint}, Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return nil, nil, err
+	}
+	s := &stage{client, registry.Keys{Prefix: "/" + filepath.Base(dir) + "/"}, map[string]int64{}}
+	for i, id := range machineIDs {
+		m := registry.Machine{V: registry.Version, ID: id, Node: fmt.Sprintf("n%d", i+1), Address: fmt.Sprintf("10.0.0.%d", i+1),
+			Units: true, Metadata: map[string]string{"zone": string(rune('a' + i))}}
+		if _, err := client.Apply(context.Background(), []store.Op{store.Put(s.keys.Machine(id), registry.Encode(m))}); err != nil {
+			return nil, nil, err
+		}
+	}
+	h := fleetapi.New(fleetapi.Config{Store: client, Keys: s.keys, Self: func() string { return machineIDs[0] }, Version: "1.2.3", Log: slog.New(slog.DiscardHandler),
+		Registered: func() bool { _, err := os.Stat(filepath.Join(dir, "unregistered")); return err != nil }})
+	mux := http.NewServeMux()
+	h.Register(mux)
+	return s, mux, nil
+}
+
+// Five hundred units cost a handful of requests, not thousands.
+func TestManyUnits(t *testing.T) {
+	dir := t.TempDir()
+	s, mux, err := newStage(dir, storetest.Start(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.store.Close() }()
+	var posts, gets atomic.Int64
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			posts.Add(1)
+		} else {
+			gets.Add(1)
+		}
+		mux.ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	var playing sync.WaitGroup
+	defer playing.Wait()
+	defer cancel()
+	playing.Go(func() { s.play(ctx) })
+	if err := os.WriteFile(filepath.Join(dir, "web@.service"), []byte("[Service]\nExecStart=/bin/sleep 1000\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		verb  string
+		posts int64
+		lines int
+	}{{"start", 1, 500}, {"start", 0, 500}, {"stop", 1, 500}, {"destroy", 1, 500}} {
+		posts.Store(0)
+		gets.Store(0)
+		var out, errs strings.Builder
+		began := time.Now()
+		c := &cli{}
+		c.connect = func() *api.Client {
+			return api.Over("test", func(ctx context.Context) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "tcp", server.Listener.Addr().String())
+			})
+		}
+		r := &unitRun{cli: c, io: streams{&out, &errs}, verb: tc.verb}
+		args := []string{filepath.Join(dir, "web@{1..500}")}
+		w := waiting{timeout: 3 * time.Minute}
+		switch tc.verb {
+		case "start":
+			err = r.bring(ctx, args, registry.Launched, false, w)
+		case "stop":
+			err = r.stop(ctx, args, w)
+		case "destroy":
+			err = r.destroy(ctx, args)
+		}
+		if err != nil {
+			t.Fatalf("%s: %v; %s", tc.verb, err, errs.String())
+		}
+		// Each poll is one GET, and the pause between polls grows to lastPoll.
+		most := 30 + int64(time.Since(began)/firstPoll)
+		if lines := strings.Count(out.String(), "\n"); posts.Load() != tc.posts || gets.Load() > most || lines != tc.lines {
+			t.Errorf("%s: %d POSTs, %d GETs, %d lines, want %d, at most %d, %d", tc.verb, posts.Load(), gets.Load(), lines, tc.posts, most, tc.lines)
+		}
+	}
 }
 
 // etcd runs etcdctl on the store of the script.
