@@ -59,7 +59,7 @@ func BenchmarkPlace100000(b *testing.B) {
 			b.Fatalf("%d steps", len(steps))
 		}
 	}
-	b.ReportMetric((cpuTime(b) - began).Seconds()/float64(b.N), "cpu-s/op")
+	b.ReportMetric((cpuTime(b)-began).Seconds()/float64(b.N), "cpu-s/op")
 }
 
 // BenchmarkLoad100000 reads the records of the same cluster, placed.
@@ -75,7 +75,7 @@ func BenchmarkLoad100000(b *testing.B) {
 			c.Set(kv)
 		}
 	}
-	b.ReportMetric((cpuTime(b) - began).Seconds()/float64(b.N), "cpu-s/op")
+	b.ReportMetric((cpuTime(b)-began).Seconds()/float64(b.N), "cpu-s/op")
 }
 
 // BenchmarkOneChange stops a unit and starts it again, on 1,000 machines with

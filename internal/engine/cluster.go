@@ -16,6 +16,7 @@ import (
 type Cluster struct {
 	keys     registry.Keys
 	revision int64 // of the store, up to which records were fed
+	passes   uint64
 
 	units    map[string]*unitState
 	machines map[string]*machine // also those that are not there but have something
@@ -97,6 +98,10 @@ type unitState struct {
 	excluded   map[string]*exclusion // by machine
 	waits      string                // signature under which it waits
 	isWaiting  bool
+
+	// Serials of the last pass in which it got a step, and in which what it was
+	// before has been noted.
+	stepped, marked uint64
 }
 
 // entry is one schedules/<machine>/<unit>.

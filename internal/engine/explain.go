@@ -166,7 +166,7 @@ type Move struct {
 // or that must be with others, stay.
 func (c *Cluster) Rebalance() []Move {
 	c.settle()
-	p := &pass{Cluster: c, marked: map[*unitState]struct{}{}}
+	p := c.newPass()
 	defer p.restore()
 	var moves []Move
 	stuck := map[*machine]bool{} // nothing of theirs can go
@@ -196,8 +196,7 @@ func (c *Cluster) Rebalance() []Move {
 func (p *pass) relief(from *machine) (*unitState, *machine) {
 	units := make([]*unitState, 0, len(from.units))
 	for u := range from.units {
-		_, moved := p.marked[u]
-		if u.at == from && !moved && !u.leaving && u.moveMod == 0 && u.placeable() && len(u.req.MachineOf) == 0 && len(p.followers[u.name]) == 0 && p.rival(u, func(*unitState) bool { return true }) == nil {
+		if u.at == from && u.marked != p.serial && !u.leaving && u.moveMod == 0 && u.placeable() && len(u.req.MachineOf) == 0 && len(p.followers[u.name]) == 0 && p.rival(u, func(*unitState) bool { return true }) == nil {
 			units = append(units, u)
 		}
 	}

@@ -95,12 +95,11 @@ type pass struct {
 	now    time.Time
 	next   time.Time // when something is due; zero: nothing
 	steps  []Step
-	done   map[*unitState]struct{} // that have a step
-	again  []*unitState            // whose peer was placed
+	again  []*unitState // whose peer was placed
 	held   map[*machine]struct{}
 	failed map[string]string // signatures that no machine takes, and why
 	undo   []was
-	marked map[*unitState]struct{} // in undo
+	serial uint64 // of this pass
 }
 
 // was is what a unit was before this pass.
@@ -115,8 +114,9 @@ type was struct {
 // zero if it does not. A step that could not be written is to be told by Retry.
 // No unit has more than one step.
 func (c *Cluster) Plan(now time.Time) (steps []Step, next time.Time) {
-	p := &pass{Cluster: c, now: now, done: map[*unitState]struct{}{}, failed: map[string]string{}, marked: map[*unitState]struct{}{},
-		held: map[*machine]struct{}{}, scorer: scorer{c: c, values: map[string]map[string]struct{}{}}}
+	p := c.newPass()
+	p.now, p.failed = now, map[string]string{}
+	p.held, p.scorer = map[*machine]struct{}{}, scorer{c: c, values: map[string]map[string]struct{}{}}
 	for m := range c.stale {
 		c.refreshGlobals(m)
 	}
@@ -133,13 +133,13 @@ func (c *Cluster) Plan(now time.Time) (steps []Step, next time.Time) {
 	}
 	for len(queue) > 0 {
 		for _, u := range queue {
-			if _, has := p.done[u]; !has {
+			if u.stepped != p.serial {
 				p.decide(u)
 			}
 		}
 		again := map[*unitState]struct{}{}
 		for _, u := range p.again {
-			if _, has := p.done[u]; !has {
+			if u.stepped != p.serial {
 				again[u] = struct{}{}
 			}
 		}
@@ -147,6 +147,11 @@ func (c *Cluster) Plan(now time.Time) (steps []Step, next time.Time) {
 	}
 	p.restore()
 	return p.steps, p.next
+}
+
+func (c *Cluster) newPass() *pass {
+	c.passes++
+	return &pass{Cluster: c, serial: c.passes}
 }
 
 // ranked sorts units into the order in which they get their place: those with
@@ -276,8 +281,8 @@ func (u *unitState) placeable() bool {
 }
 
 func (p *pass) mark(u *unitState) {
-	if _, ok := p.marked[u]; !ok {
-		p.marked[u] = struct{}{}
+	if u.marked != p.serial {
+		u.marked = p.serial
 		p.undo = append(p.undo, was{u, u.at, u.leaving})
 	}
 }
@@ -324,7 +329,7 @@ func (p *pass) emit(u *unitState, s Step) {
 	s.Unit = u.name
 	s.PlacementSeen, s.MoveSeen, s.SoloSeen, s.Exclusive = u.placementMod, u.moveMod, p.soloMod, u.req.Exclusive
 	p.steps = append(p.steps, s)
-	p.done[u] = struct{}{}
+	u.stepped = p.serial
 }
 
 // decide emits the step that the unit needs, if any.
@@ -351,7 +356,7 @@ func (p *pass) decide(u *unitState) {
 	default:
 		p.tidy(u, u.idle())
 	}
-	if _, has := p.done[u]; !has && (!u.wanted() || !u.req.Global) {
+	if u.stepped != p.serial && (!u.wanted() || !u.req.Global) {
 		if e := u.entryOf(registry.Global); e != nil && (u.bad == "" || !u.wanted()) {
 			reason := u.idle()
 			if reason == "" {

@@ -3,6 +3,7 @@ package engine
 import (
 	"fmt"
 	"slices"
+	"strconv"
 )
 
 // score is how well a machine suits a unit; less is better, from the first
@@ -130,7 +131,7 @@ func (s *scorer) pick(u *unitState) (*machine, string) {
 
 // text says what counted.
 func (a *score) text(u *unitState, m *machine) string {
-	load := fmt.Sprintf("fewest units (%d)", a.load)
+	load := "fewest units (" + strconv.Itoa(a.load) + ")"
 	if u.group == nil {
 		return load
 	}
