@@ -37,6 +37,7 @@ type fleetConf struct {
 	MachineTTL                time.Duration
 	UnitsDir                  string
 	TokenLimit                int
+	OnStop                    string // not fleet's own
 	DisableEngine             bool
 	Verbosity                 int
 }
@@ -59,6 +60,7 @@ var fleetKeys = map[string]func(c *fleetConf, value string) error{
 	"units_directory":           func(c *fleetConf, v string) error { c.UnitsDir = v; return nil },
 	"token_limit":               func(c *fleetConf, v string) (err error) { c.TokenLimit, err = strconv.Atoi(v); return err },
 	"disable_engine":            func(c *fleetConf, v string) (err error) { c.DisableEngine, err = strconv.ParseBool(v); return err },
+	"on_stop":                   func(c *fleetConf, v string) error { c.OnStop = v; return nil },
 	"etcd_username":             nil,
 	"etcd_password":             nil,
 	"systemd_user":              nil,
@@ -197,6 +199,9 @@ func (f *fleetConf) apply(c *node.Config) {
 	}
 	if f.MachineTTL != 0 {
 		c.MachineTTL = int((f.MachineTTL + time.Second - 1) / time.Second)
+	}
+	if f.OnStop != "" {
+		c.OnStop = f.OnStop
 	}
 	if f.Verbosity > 0 {
 		c.LogLevel = "debug"

@@ -59,7 +59,7 @@ func TestFleetConf(t *testing.T) {
 
 // What fleet's configuration makes of a node is a node that starts.
 func TestFleetConfApplied(t *testing.T) {
-	f, _, err := parseFleetConf("verbosity=1\netcd_servers=http://127.0.0.1:4001\netcd_key_prefix=fleet\npublic_ip=127.0.0.9\nagent_ttl=2500ms\nmetadata=b=2,a=1\nunits_directory=/run/x\ntoken_limit=7\ndisable_engine=true\n", "f", nil)
+	f, _, err := parseFleetConf("verbosity=1\netcd_servers=http://127.0.0.1:4001\netcd_key_prefix=fleet\npublic_ip=127.0.0.9\nagent_ttl=2500ms\nmetadata=b=2,a=1\nunits_directory=/run/x\ntoken_limit=7\ndisable_engine=true\non_stop=keep\n", "f", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,7 @@ func TestFleetConfApplied(t *testing.T) {
 	}
 	want := node.Default()
 	want.Name, want.Socket, want.Data = c.Name, c.Socket, c.Data
-	want.UnitsOnly, want.OnStop, want.LogFormat, want.LogLevel = true, "drain", "text", "debug"
+	want.UnitsOnly, want.OnStop, want.LogFormat, want.LogLevel = true, "keep", "text", "debug"
 	want.EtcdEndpoints, want.KeyPrefix, want.Address = []string{"http://127.0.0.1:4001"}, "/fleet/", "127.0.0.9"
 	want.MachineTTL, want.Metadata, want.UnitsDir, want.TokenLimit, want.Engine = 3, []string{"a=1", "b=2"}, "/run/x", 7, false
 	if diff := cmp.Diff(want, c); diff != "" {
@@ -78,7 +78,7 @@ func TestFleetConfApplied(t *testing.T) {
 	}
 	c = node.Default()
 	(&fleetConf{}).apply(&c)
-	if c.KeyPrefix != node.Default().KeyPrefix || c.MachineTTL != node.Default().MachineTTL || !c.Engine || c.RunsStore() {
+	if c.KeyPrefix != node.Default().KeyPrefix || c.MachineTTL != node.Default().MachineTTL || !c.Engine || c.OnStop != "drain" || c.RunsStore() {
 		t.Errorf("an empty configuration gives %+v", c)
 	}
 }
