@@ -62,7 +62,7 @@ func TestCluster(t *testing.T) {
 	says(t, bin, 7, "cluster shell --cluster ct n3 exit 7")
 	says(t, bin, 0, "cluster console --cluster ct n3", `Multi-User System`)
 
-	says(t, bin, 0, "services set web --endpoint a=10.1.2.3:80 --cluster ct")
+	says(t, bin, 0, "services set web --scheme http --endpoint a=10.1.2.3:80 --cluster ct")
 	says(t, bin, 0, "cluster power --cluster ct n2 cut")
 	says(t, bin, 0, "cluster status ct", `^n2 .* off`)
 	says(t, bin, 0, "cluster power --cluster ct n2 on")
