@@ -69,7 +69,8 @@ const (
 	settle     = 20 * time.Millisecond // in which events are merged into one pass
 	callLimit  = 30 * time.Second      // of calls to systemd that a pass waits for
 	checkEvery = time.Minute
-	readyLimit = 2 * time.Second // for units to be queued before those that come after them
+	firstRetry = 200 * time.Millisecond // doubled each time, up to a minute
+	readyLimit = 2 * time.Second        // for units to be queued before those that come after them
 )
 
 // Agent runs the units of one machine.
@@ -104,6 +105,7 @@ type Agent struct {
 	reload  bool // systemd has to read the files before anything is started
 	lookAll bool // the status of all units is to be read
 	look    map[string]bool
+	putOffs int       // passes in a row that were put off
 	retryAt time.Time // of what is not about one unit; zero if nothing failed
 }
 

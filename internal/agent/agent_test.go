@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"flotilla/internal/registry"
 )
@@ -174,7 +175,7 @@ func TestVoidEntriesStartNothing(t *testing.T) {
 func TestLostLease(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	r.ttl = 3 * 1e9
+	r.ttl = 6 * time.Second
 	r.begin()
 	r.place("a.service", service("run"), registry.Launched)
 	r.waitActive("a.service")

@@ -66,7 +66,7 @@ func names(steps []Step) []string {
 func (a *Agent) fail(name string, err error) {
 	u := a.units[name]
 	u.failures++
-	u.retryAt = time.Now().Add(min(time.Second<<min(u.failures-1, 6), time.Minute))
+	u.retryAt = time.Now().Add(min(firstRetry<<min(u.failures-1, 20), time.Minute))
 	if errors.Is(err, systemd.ErrUnknown) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errNotNow) {
 		u.waiting, u.trouble = err.Error(), ""
 	} else {

@@ -112,6 +112,9 @@ func (a *Agent) pass(ctx context.Context) {
 	}
 	a.settleRestarts(ctx)
 	a.carry(ctx, now, plan(now.wants, a.haves(now), f))
+	if a.retryAt.IsZero() {
+		a.putOffs = 0
+	}
 	for name, u := range a.units {
 		if _, wanted := now.wants[name]; !wanted && !u.on && u.busy == "" {
 			delete(a.units, name)
@@ -133,12 +136,12 @@ func (a *Agent) isLeaving() bool {
 	}
 }
 
-// putOff tries a pass again in a second.
+// putOff tries a pass again a little later.
 func (a *Agent) putOff(ctx context.Context, err error) {
-	if ctx.Err() == nil {
+	if a.putOffs++; a.putOffs == 1 && ctx.Err() == nil {
 		a.log.Warn("systemd does not do what the units need: trying again", "err", err)
-		a.retryAt = time.Now().Add(time.Second)
 	}
+	a.retryAt = time.Now().Add(min(firstRetry<<min(a.putOffs-1, 20), 5*time.Second))
 }
 
 // observe reads the status of the units that may have changed.
@@ -185,8 +188,8 @@ func (a *Agent) observe(ctx context.Context) error {
 	return nil
 }
 
-// settleRestarts finds out what became of restarts during which an earlier
-// agent ended.
+// settleRestarts finds out what became of restarts during which the connection
+// to systemd was lost or an earlier agent ended.
 func (a *Agent) settleRestarts(ctx context.Context) {
 	for name, u := range a.units {
 		if u.broken != Restart || u.busy != "" {
@@ -295,8 +298,9 @@ func (a *Agent) report(now *present, f fence) {
 			if u.detail.LoadError != "" {
 				state.Trouble = "systemd cannot load it: " + u.detail.LoadError
 			}
-		case u.on && u.rec.Launched && u.status.Active == "failed" && u.detail.Result == "start-limit-hit":
-			state.Trouble = "systemd has given up starting it: it failed too often in a short time"
+		case u.on && u.rec.Launched && u.status.Active == "failed" && (u.detail.Result == "start-limit-hit" || u.detail.Restarts > 0):
+			// The result is usually that of the last failure before the limit.
+			state.Trouble = fmt.Sprintf("systemd has given up starting it, after %d restarts: %s", u.detail.Restarts, u.detail.Result)
 		}
 		switch {
 		case state.Waiting != "" || state.Trouble != "" || !wanted || w.Release != "":
@@ -304,6 +308,8 @@ func (a *Agent) report(now *present, f fence) {
 			state.Waiting = w.Void
 		case w.Exclusive && w.Desired == registry.Launched && u.on && !u.rec.Launched && !f.Open:
 			state.Waiting = "it is exclusive, and the fence is not armed yet"
+		case u.busy == Start && u.status.Active == "inactive":
+			state.Waiting = "systemd is about to start it"
 		}
 		if state.Trouble != "" && wanted {
 			state.Epoch = w.Epoch // this is about what is wanted

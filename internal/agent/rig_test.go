@@ -27,6 +27,7 @@ type rig struct {
 	keys    registry.Keys
 	machine registry.Machine
 	fake    *fakeSystemd
+	real    Systemd // if there is no fake
 	dir     string
 	ttl     time.Duration
 }
@@ -36,7 +37,7 @@ func newRig(t testing.TB) *rig {
 	endpoint := storetest.Start(t)
 	dir := t.TempDir()
 	r := &rig{
-		t: t, proxy: storetest.NewProxy(t, endpoint), keys: registry.Keys{Prefix: "/f/"}, dir: dir, ttl: 12 * time.Second,
+		t: t, proxy: storetest.NewProxy(t, endpoint), keys: registry.Keys{Prefix: "/f/"}, dir: dir, ttl: time.Minute,
 		machine: registry.Machine{
 			ID: "0123456789abcdef0123456789abcdef", BootID: "b1", Node: "n1", Address: "10.0.0.1", Units: true, Metadata: map[string]string{"disk": "ssd"},
 		},
@@ -82,10 +83,13 @@ func (r *rig) begin() *process {
 	}
 	p := &process{rig: r, presence: store.NewPresence(c, r.ttl, logger(r.t)), ended: make(chan error, 1)}
 	p.presence.Linger(true)
-	p.Agent = New(Config{
-		Machine: r.machine, Keys: r.keys, Store: c, Presence: p.presence, Systemd: r.fake, TTL: r.ttl, Log: logger(r.t),
-		UnitsDir: r.fake.units, DropIns: r.fake.dropIns, StateDir: filepath.Join(r.dir, "state"), Gate: r.fake.gate,
-	})
+	cfg := Config{Machine: r.machine, Keys: r.keys, Store: c, Presence: p.presence, TTL: r.ttl, Log: logger(r.t)}
+	if r.fake != nil {
+		cfg.Systemd, cfg.UnitsDir, cfg.DropIns, cfg.StateDir, cfg.Gate = r.fake, r.fake.units, r.fake.dropIns, filepath.Join(r.dir, "state"), r.fake.gate
+	} else {
+		cfg.Systemd = r.real
+	}
+	p.Agent = New(cfg)
 	ctx, stop := context.WithCancel(context.Background())
 	outer, stopAll := context.WithCancel(context.Background())
 	p.stop = stop

@@ -49,6 +49,11 @@ func (a *Agent) take(e ended) {
 		}
 		return
 	}
+	if e.do == Restart && errors.Is(e.err, systemd.ErrUnknown) {
+		u.broken = Restart // the next pass finds out
+		a.fail(e.name, e.err)
+		return
+	}
 	u.rec.Doing, u.rec.Before = "", ""
 	switch {
 	case e.do == Stop && e.err == nil:

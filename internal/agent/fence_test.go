@@ -1,0 +1,332 @@
+package agent
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"flotilla/internal/registry"
+	"flotilla/internal/store"
+	"flotilla/internal/systemd"
+)
+
+func TestDuties(t *testing.T) {
+	t0 := time.Now()
+	at := func(s float64) time.Time { return t0.Add(time.Duration(s * float64(time.Second))) }
+	for _, tc := range []struct {
+		name string
+		stand
+		do   duty
+		wait time.Duration
+		open bool
+	}{
+		{"no exclusive unit", stand{closed: true}, rest, 0, false},
+		{"the last one has left", stand{armed: t0}, disarm, 0, false},
+		{"the first one, armed at once", stand{needed: true, closed: true, armed: at(-100), t0: t0, present: at(2)}, arm, 0, false},
+		{"armed, nothing to do before 8 s", stand{needed: true, armed: t0, t0: t0, present: at(3)}, rest, 5 * time.Second, true},
+		{"renewed", stand{needed: true, armed: t0, t0: at(3), present: at(3.1)}, arm, 0, true},
+		{"confirmed too late to count", stand{needed: true, armed: t0, t0: at(1), present: at(9.1)}, halt, 0, false},
+		{"the store is away", stand{needed: true, armed: t0, present: at(8)}, halt, 0, false},
+		{"stopped", stand{needed: true, armed: t0, present: at(8.5), halted: true}, rest, time.Second, false},
+		{"time is up", stand{needed: true, armed: t0, present: at(9.5), halted: true}, kill, 0, false},
+		{"killed once", stand{needed: true, armed: t0, present: at(9.6), halted: true, kills: 1}, rest, 400 * time.Millisecond, false},
+		{"killed again", stand{needed: true, armed: t0, present: at(10.1), halted: true, kills: 1}, kill, 0, false},
+		{"frozen for long: kill first", stand{needed: true, armed: t0, present: at(60)}, kill, 0, false},
+		{"confirmed again after that", stand{needed: true, armed: t0, t0: at(59), present: at(60), halted: true, kills: 3}, arm, 0, false},
+		{"alone", stand{needed: true, solo: true, closed: true, present: at(60)}, widen, 0, false},
+		{"alone, and the store is away", stand{needed: true, solo: true, wide: true, armed: t0, present: at(60)}, rest, 0, true},
+		{"not alone any more", stand{needed: true, wide: true, armed: at(-100), t0: t0, present: at(1)}, arm, 0, false},
+		{"a new process that gets no lease", stand{needed: true, closed: true, armed: t0, present: at(8)}, halt, 0, false},
+	} {
+		tc.ttl = store.DefaultTTL
+		do, wait := tc.next()
+		if do != tc.do || wait != tc.wait || tc.open != tc.stand.open() {
+			t.Errorf("%s: %s, %s, open %v, want %s, %s, %v", tc.name, do, wait, tc.stand.open(), tc.do, tc.wait, tc.open)
+		}
+	}
+}
+
+// Whatever is confirmed when: unless it is alone, units are dead and cannot be
+// started from killAfter after the last confirmation that counted, if all that
+// is due is done at once.
+func TestDutiesHold(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		begin := time.Now()
+		s := stand{ttl: store.DefaultTTL, needed: true, closed: true, armed: begin, present: begin}
+		timer, alive := time.Time{}, false // PID 1's, and the units
+		for range 200 {
+			s.present = s.present.Add(time.Duration(rapid.IntRange(1, 3000).Draw(t, "ms")) * time.Millisecond)
+			if rapid.Bool().Draw(t, "confirmed") {
+				s.t0 = s.present.Add(-time.Duration(rapid.IntRange(0, 4000).Draw(t, "ago")) * time.Millisecond)
+			} else if rapid.Bool().Draw(t, "lost") {
+				s.t0 = time.Time{}
+			}
+			frozen := rapid.IntRange(0, 9).Draw(t, "frozen") == 0
+			if !timer.IsZero() && !s.present.Before(timer) {
+				alive = false
+			}
+			for !frozen {
+				do, wait := s.next()
+				switch do {
+				case arm:
+					timer = s.t0.Add(killAfter(s.ttl))
+					s.armed, s.closed, s.halted, s.kills = s.t0, false, false, 0
+				case halt:
+					s.halted, alive = true, false
+				case kill:
+					s.kills++
+					alive = false
+				}
+				if do == rest {
+					if wait < 0 {
+						t.Fatalf("rest for %s: %+v", wait, s)
+					}
+					break
+				}
+			}
+			if !frozen && s.open() {
+				alive = true
+			}
+			if alive && s.present.Sub(s.armed) >= killAfter(s.ttl) {
+				t.Fatalf("alive %s after the last confirmation: %+v", s.present.Sub(s.armed), s)
+			}
+		}
+	})
+}
+
+// second registers another machine.
+func (r *rig) second() {
+	r.put(r.keys.Machine("second"), registry.Encode(registry.Machine{V: 1, ID: "second", BootID: "x", Node: "n2", Address: "10.0.0.2"}))
+}
+
+func TestExclusiveIsFenced(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 12 * time.Second
+	r.second()
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.place("n.service", service("run"), registry.Launched)
+	pinned := service("run", exclusive, "MachineID="+r.machine.ID)
+	r.place("pinned.service", pinned, registry.Launched)
+	for _, name := range []string{"e.service", "n.service", "pinned.service"} {
+		r.waitActive(name)
+	}
+	first, calm, fixed := r.fake.invocation("e.service"), r.fake.invocation("n.service"), r.fake.invocation("pinned.service")
+	r.proxy.Cut()
+	r.wait("the unit to be stopped", func() bool {
+		_, there := r.get(r.keys.Machine(r.machine.ID))
+		active := r.fake.active("e.service") == "active"
+		if active && !there {
+			t.Error("the unit runs, and the machine's record is gone")
+		}
+		return !active
+	})
+	r.wait("the record to be gone", func() bool { _, there := r.get(r.keys.Machine(r.machine.ID)); return !there })
+	r.proxy.Mend()
+	r.wait("the machine to be back", p.Registered)
+	// Its entry is void until it is refreshed.
+	r.waitState("n.service", "to run", func(s registry.State) bool { return s.Active == "active" })
+	if active := r.fake.active("e.service"); active == "active" {
+		t.Error("it runs without a valid entry")
+	}
+	r.place("e.service", service("run", exclusive), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
+	r.wait("it to run again", func() bool { return r.fake.active("e.service") == "active" && r.fake.invocation("e.service") != first })
+	if r.fake.invocation("n.service") != calm || r.fake.invocation("pinned.service") != fixed {
+		t.Error("a unit that is not fenced was stopped")
+	}
+	r.check()
+}
+
+// The agent is dead: PID 1 kills, and the next agent starts again only with a
+// valid entry.
+func TestFenceWithoutAgent(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 6 * time.Second
+	r.second()
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.place("once.service", service("once"), registry.Launched)
+	r.waitActive("e.service")
+	r.waitState("once.service", "to be launched", func(s registry.State) bool { return s.Launched })
+	was := r.fake.invocation("e.service")
+	p.finish()
+	r.wait("the fence", func() bool { return r.fake.active("e.service") == "failed" })
+	p = r.begin()
+	r.wait("the machine to be back", p.Registered)
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.wait("it to run again", func() bool { return r.fake.active("e.service") == "active" })
+	if r.fake.invocation("e.service") == was {
+		t.Error("it is the same copy")
+	}
+	n := 0
+	for _, what := range r.fake.did() {
+		if what == "start once.service" {
+			n++
+		}
+	}
+	if n != 1 {
+		t.Errorf("a unit that had done its work was started %d times", n)
+	}
+}
+
+// The next agent keeps the fence, and what runs behind it.
+func TestAgentRestartsBehindTheFence(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.second()
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.waitActive("e.service")
+	was := r.fake.invocation("e.service")
+	fences := func() int { r.fake.mu.Lock(); defer r.fake.mu.Unlock(); return r.fake.fences }
+	for range 3 {
+		p.finish()
+		before := fences()
+		p = r.begin()
+		r.wait("the new agent to put the fence off", func() bool { return p.Registered() && fences() > before })
+		r.waitActive("e.service")
+	}
+	if r.fake.invocation("e.service") != was {
+		t.Error("the restart of the agent was noticed")
+	}
+}
+
+func TestExclusiveStopsWhenTheFenceCannotBeArmed(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 6 * time.Second
+	r.second()
+	r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.waitActive("e.service")
+	r.fake.hook(func(_ int, call string) (before, after error) {
+		if call == "fence" {
+			return errors.New("no timers today"), nil
+		}
+		return nil, nil
+	})
+	r.wait("it to stop", func() bool { return r.fake.active("e.service") != "active" })
+	r.waitState("e.service", "to wait", func(s registry.State) bool { return !s.Launched && s.Waiting != "" && s.Trouble == "" })
+	r.fake.hook(nil)
+	r.waitActive("e.service")
+}
+
+func TestSolo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 6 * time.Second
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.waitActive("e.service")
+	r.wait("the solo record", func() bool {
+		kv, _ := r.get(r.keys.Solo())
+		s, err := registry.Decode[registry.Solo](kv.Value)
+		return err == nil && s.Machine == r.machine.ID && p.guard.look().Solo
+	})
+	was := r.fake.invocation("e.service")
+
+	// The store goes away for good: nothing is stopped, not by the next agent either.
+	r.proxy.Cut()
+	r.wait("the machine to be gone", func() bool { _, there := r.get(r.keys.Machine(r.machine.ID)); return !there })
+	p.finish()
+	p = r.begin()
+	began := time.Now()
+	r.wait("the time of the fence to pass", func() bool { return time.Since(began) > r.ttl })
+	if r.fake.invocation("e.service") != was || r.fake.active("e.service") != "active" {
+		t.Errorf("an exclusive unit of a machine that is alone was stopped: %v", r.fake.did())
+	}
+	// Back with another generation: the refresh touches nothing.
+	r.proxy.Mend()
+	r.wait("the machine to be back", p.Registered)
+	r.place("e.service", service("run", exclusive), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
+	r.waitState("e.service", "to have the new epoch", func(s registry.State) bool { return s.Epoch == 8 && s.Active == "active" })
+	if r.fake.invocation("e.service") != was {
+		t.Error("the refresh restarted it")
+	}
+
+	// A second machine: the fence first, then the record.
+	fenced := false
+	r.fake.hook(func(_ int, call string) (before, after error) {
+		if _, there, err := r.store.Get(t.Context(), r.keys.Solo()); call == "fence" && err == nil && there {
+			fenced = true
+		}
+		return nil, nil
+	})
+	r.second()
+	r.wait("the record to be deleted", func() bool { _, there := r.get(r.keys.Solo()); return !there })
+	r.fake.mu.Lock()
+	if !fenced {
+		t.Error("the record was deleted before the fence was armed")
+	}
+	r.fake.mu.Unlock()
+	r.fake.hook(nil)
+	if r.fake.invocation("e.service") != was {
+		t.Error("it was restarted")
+	}
+	r.proxy.Cut()
+	r.wait("it to be fenced", func() bool { return r.fake.active("e.service") != "active" })
+}
+
+// A solo record of a machine that is gone is for an operator to delete.
+func TestForeignSolo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 6 * time.Second
+	r.put(r.keys.Solo(), registry.Encode(registry.Solo{V: 1, Machine: "somebody"}))
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.waitActive("e.service")
+	if p.guard.look().Solo {
+		t.Error("it takes itself for alone")
+	}
+	r.proxy.Cut()
+	r.wait("it to be fenced", func() bool { return r.fake.active("e.service") != "active" })
+	r.proxy.Mend()
+	if kv, _ := r.get(r.keys.Solo()); !strings.Contains(kv.Value, "somebody") {
+		t.Errorf("the record is %s", kv.Value)
+	}
+}
+
+// The entry is taken away at the moment of the start.
+func TestExclusiveAsksBeforeItStarts(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.second()
+	r.begin()
+	r.place("x.service", service("run", exclusive), registry.Launched) // so that the fence is armed
+	r.waitActive("x.service")
+	taken := false
+	r.fake.hook(func(_ int, call string) (before, after error) {
+		if call == "link" && !taken {
+			taken = true
+			if _, err := r.store.Apply(t.Context(), []store.Op{store.Delete(r.keys.Entry(r.machine.ID, "e.service"))}); err != nil {
+				return err, nil
+			}
+		}
+		return nil, nil
+	})
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.wait("it to be taken away and unloaded", func() bool {
+		return slices.Equal(r.fake.linked(), []string{"x.service"}) && len(r.states()) == 1 && func() bool { r.fake.mu.Lock(); defer r.fake.mu.Unlock(); return taken }()
+	})
+	if slices.Contains(r.fake.did(), "start e.service") {
+		t.Error("it was started")
+	}
+}
+
+func TestDropIns(t *testing.T) {
+	for name, want := range map[string]string{"a.service": "[Service]", "a.socket": "[Socket]", "a.timer": ""} {
+		e := readEntry(name, store.KV{Value: registry.Encode(registry.Entry{V: 1, Text: "[Unit]\n" + exclusive, Desired: registry.Launched, Epoch: 3})})
+		got := e.dropIn(name, "m")
+		if want == "" && got != "" || !strings.Contains(got, want) || want != "" && !strings.Contains(got, "Slice="+systemd.FenceSlice) {
+			t.Errorf("%s: %q", name, got)
+		}
+	}
+}
