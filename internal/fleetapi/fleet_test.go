@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"regexp"
 	"slices"
@@ -408,5 +409,21 @@ func (w *world) described(t *testing.T, m method) {
 	r := w.do(m.HTTPMethod, "/fleet/v1/"+strings.ReplaceAll(m.Path, "{unitName}", "a.service"), jsonType, body)
 	if want := map[bool]int{true: http.StatusOK, false: http.StatusNoContent}[m.Response != nil]; r.status != want {
 		t.Errorf("%s: %d %s, want %d", m.ID, r.status, r.body, want)
+	}
+}
+
+// On the node's socket both APIs live beside the node's own routes.
+func TestRegister(t *testing.T) {
+	w := start(t)
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(http.ResponseWriter, *http.Request) {})
+	w.Register(mux)
+	for path, want := range map[string]int{"/": 405, "/fleet/v1": 405, "/fleet/v1/": 404, "/fleet/v1/units": 200, "/v1-alpha/machines": 200,
+		"/v1-alpha/x": 404, "/v1/units": 200, "/v1/status": 200, "/other": 404} {
+		r := httptest.NewRecorder()
+		mux.ServeHTTP(r, httptest.NewRequest("GET", path, nil))
+		if r.Code != want {
+			t.Errorf("%s: %d, want %d", path, r.Code, want)
+		}
 	}
 }

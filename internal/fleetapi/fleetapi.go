@@ -49,6 +49,7 @@ type Handler struct {
 	registered atomic.Bool   // the machine was, once
 	hold       time.Duration // holdLimit, shorter in tests
 	start      time.Duration // startLimit, shorter in tests
+	digests    digests
 }
 
 // New returns a handler for cfg.

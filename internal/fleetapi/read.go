@@ -7,6 +7,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
@@ -56,6 +57,43 @@ func fileOf(name, text string) file {
 	return file{File: f, hash: f.Hash().String(), global: req.Global}
 }
 
+// digest is what lists show of a file.
+type digest struct {
+	revision int64 // of the record
+	hash     string
+	global   bool
+	problem  string // why the text cannot be read
+}
+
+// digests remembers the digests of records, since most of the work of a list
+// would be to make the same ones again.
+type digests struct {
+	mu    sync.Mutex
+	known map[string]digest // by key; guarded by mu
+}
+
+func (d *digests) of(name string, r record[registry.Unit]) digest {
+	const limit = 1 << 17 // units, then it begins anew
+	d.mu.Lock()
+	known, ok := d.known[r.Key]
+	d.mu.Unlock()
+	if ok && known.revision == r.ModRevision {
+		return known
+	}
+	f := fileOf(name, r.registry.Text)
+	known = digest{revision: r.ModRevision, hash: f.hash, global: f.global}
+	if f.err != nil {
+		known.problem = f.err.Error()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.known == nil || len(d.known) >= limit {
+		d.known = map[string]digest{}
+	}
+	d.known[r.Key] = known
+	return known
+}
+
 // view is what the store holds about some units and all machines at one
 // revision.
 type view struct {
@@ -67,6 +105,7 @@ type view struct {
 	release    map[string]string // reason by unit
 	states     []machineStates   // by machine
 	machines   map[string]record[registry.Machine]
+	digests    *digests
 }
 
 type machineStates struct {
@@ -94,6 +133,7 @@ func (h *Handler) read(ctx context.Context, patterns []string) (*view, error) {
 	}
 	v := &view{
 		revision:   revision,
+		digests:    &h.digests,
 		placements: byName[registry.Placement](prefixes[1], lists[1]),
 		unplaced:   byName[registry.Unplaced](prefixes[2], lists[2]),
 		moves:      byName[registry.Move](prefixes[3], lists[3]),
@@ -125,7 +165,7 @@ func (h *Handler) readNamed(ctx context.Context, revision int64, names []string)
 	if err != nil {
 		return nil, err
 	}
-	v := &view{revision: revision, placements: map[string]record[registry.Placement]{}, unplaced: map[string]record[registry.Unplaced]{},
+	v := &view{revision: revision, digests: &h.digests, placements: map[string]record[registry.Placement]{}, unplaced: map[string]record[registry.Unplaced]{},
 		moves: map[string]record[registry.Move]{}, release: map[string]string{}}
 	var entries []string
 	for _, name := range names {
@@ -213,12 +253,9 @@ func (v *view) unit(name string, r record[registry.Unit]) Unit {
 	if r.err != nil {
 		u.Problem = r.err.Error()
 	} else {
-		f := fileOf(name, r.registry.Text)
-		if f.err != nil {
-			u.Problem = f.err.Error()
-		}
+		d := v.digests.of(name, r)
 		n, _ := unit.SplitName(name)
-		u.Hash, u.Global, u.Template = f.hash, f.global, n.IsTemplate()
+		u.Problem, u.Hash, u.Global, u.Template = d.problem, d.hash, d.global, n.IsTemplate()
 		u.Desired, u.Restarts = r.registry.Desired, r.registry.Restarts
 	}
 	p := v.placements[name]
