@@ -73,6 +73,9 @@ func reportFleet(cmd *cobra.Command, w io.Writer, err error) int {
 	var own exitCode
 	switch {
 	case errors.Is(err, errReported):
+		if errors.As(err, &own) {
+			return own.code
+		}
 		return exitFailed
 	case errors.As(err, &bad):
 		// Old scripts give flags that do not exist, and fleetctl takes that
@@ -148,13 +151,14 @@ Commands may be shortened, as long as it is clear which is meant.`, version),
 		if !strings.EqualFold(o.driver, "API") && o.driver != "" {
 			return fleetText("Unable to initialize client: unrecognized driver %q", o.driver)
 		}
-		if cmd.Name() == "help" || cmd.Name() == "version" || cmd == root {
+		if cmd.Name() == "help" || cmd.Name() == "version" || cmd.Name() == "fd-forward" || cmd == root {
 			return nil
 		}
 		return c.fleetEndpoint()
 	}
 	root.AddCommand(c.catCommand(), c.destroyCommand(), c.listMachinesCommand(), c.listUnitFilesCommand(), c.listUnitsCommand(),
 		c.loadCommand(), c.restartCommand(), c.startCommand(), c.stopCommand(), c.submitCommand(), c.unloadCommand(), c.verifyCommand(),
+		c.journalCommand(), c.unitStatusCommand(), c.sshCommand(), fdForwardCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version and exit",
 			Run: func(cmd *cobra.Command, _ []string) { say(cmd.OutOrStdout(), "fleetctl version %s\n", version) },

@@ -10,19 +10,26 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 
 	"github.com/spf13/pflag"
 
 	"flotilla/internal/api"
 	"flotilla/internal/node"
+	"flotilla/internal/remote"
 )
 
-// fleetReach is how fleetctl is told to reach the cluster.
+// fleetReach is how the program is told to reach the cluster.
 type fleetReach struct {
+	fleet                                  bool // by fleetctl's flags
 	endpoint, tunnel, username, knownHosts string
 	sshTimeout                             float64
 	strict                                 bool
 	caFile, certFile, keyFile              string
+	identities                             []string
+
+	entering sync.Mutex     // guards entered
+	entered  *remote.Client // see entry
 }
 
 // fleetSocket is where fleetctl looks unless it is told otherwise.
@@ -30,6 +37,7 @@ const fleetSocket = "/var/run/fleet.sock"
 
 func (c *cli) fleetEndpointFlags(fl *pflag.FlagSet) {
 	r := &c.reach
+	r.fleet = true
 	fl.StringVar(&r.endpoint, "endpoint", "unix://"+fleetSocket, "where the API is: unix:///PATH or http://HOST:PORT; if this socket is not there, the node's own")
 	fl.StringVar(&r.tunnel, "tunnel", "", "reach the API through ssh by way of HOST[:PORT]")
 	fl.StringVar(&r.username, "ssh-username", "core", "user on the other side of ssh")
@@ -56,6 +64,18 @@ func (c *cli) fleetEndpoint() error {
 	return nil
 }
 
+// presentSocket returns the node's own socket where fleet's is asked for and is
+// not there.
+func presentSocket(path string) string {
+	if _, err := os.Stat(path); path != fleetSocket || err == nil {
+		return path
+	}
+	if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
+		return s
+	}
+	return node.DefaultSocket()
+}
+
 // dialer returns what connects to an endpoint.
 func (r *fleetReach) dialer(endpoint string) (func(context.Context) (net.Conn, error), error) {
 	u, err := url.Parse(endpoint)
@@ -71,27 +91,38 @@ func (r *fleetReach) dialer(endpoint string) (func(context.Context) (net.Conn, e
 			return nil, fmt.Errorf("unable to connect to host %q with scheme %q", u.Host, u.Scheme)
 		}
 		path := u.Path
-		if _, err := os.Stat(path); path == fleetSocket && err != nil {
-			path = node.DefaultSocket()
-			if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
-				path = s
-			}
+		if r.tunnel != "" {
+			return func(ctx context.Context) (net.Conn, error) { return r.far(ctx, "unix", path) }, nil
 		}
+		path = presentSocket(path)
 		return func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "unix", path) }, nil
 	case "http", "https":
 		address := u.Host
 		if u.Port() == "" {
 			address = net.JoinHostPort(u.Hostname(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
 		}
+		plain := func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", address) }
+		if r.tunnel != "" {
+			plain = func(ctx context.Context) (net.Conn, error) { return r.far(ctx, "tcp", address) }
+		}
 		if u.Scheme == "http" {
-			return func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", address) }, nil
+			return plain, nil
 		}
 		cfg, err := r.tls(u.Hostname())
 		if err != nil {
 			return nil, err
 		}
-		secure := tls.Dialer{NetDialer: &d, Config: cfg}
-		return func(ctx context.Context) (net.Conn, error) { return secure.DialContext(ctx, "tcp", address) }, nil
+		return func(ctx context.Context) (net.Conn, error) {
+			conn, err := plain(ctx)
+			if err != nil {
+				return nil, err
+			}
+			secure := tls.Client(conn, cfg)
+			if err := secure.HandshakeContext(ctx); err != nil {
+				return nil, errors.Join(err, conn.Close())
+			}
+			return secure, nil
+		}, nil
 	}
 	return nil, fmt.Errorf("unable to connect with scheme %q", u.Scheme)
 }

@@ -17,6 +17,7 @@ import (
 
 	"flotilla/internal/api"
 	"flotilla/internal/node"
+	"flotilla/internal/remote"
 )
 
 // version is set by the linker.
@@ -88,11 +89,11 @@ answers their names in DNS. What is wanted is written to etcd; each node follows
 	})
 	section(root, "Services", c.servicesCommand())
 	section(root, "Units", c.submitCommand(), c.loadCommand(), c.startCommand(), c.stopCommand(), c.restartCommand(), c.unloadCommand(), c.destroyCommand(),
-		c.catCommand(), c.verifyCommand(), c.listUnitsCommand(), c.listUnitFilesCommand(), c.explainCommand(), c.moveCommand())
-	section(root, "Machines", c.machinesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand())
+		c.catCommand(), c.verifyCommand(), c.listUnitsCommand(), c.listUnitFilesCommand(), c.explainCommand(), c.moveCommand(), c.journalCommand())
+	section(root, "Machines", c.machinesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand(), c.sshCommand())
 	section(root, "Cluster", c.nodesCommand(), c.clusterCommand())
 	section(root, "Node", c.nodeCommand(), c.storeCommand(), c.statusCommand(), c.doctorCommand())
-	root.AddCommand(versionCommand())
+	root.AddCommand(versionCommand(), fdForwardCommand())
 	return root
 }
 
@@ -114,9 +115,14 @@ func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
 	cmd.PersistentFlags().StringVar(&c.socket, "socket", socket, "unix socket of the node's API (also FLOTILLA_SOCKET)")
 	cmd.PersistentFlags().StringVar(&c.cluster, "cluster", os.Getenv("FLOTILLA_CLUSTER"), "cluster on this machine whose nodes are asked (also FLOTILLA_CLUSTER; see flotilla cluster)")
 	cmd.PersistentFlags().StringVarP(&c.output, "output", "o", "text", "text or json")
+	c.reachFlags(cmd.PersistentFlags())
 	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
-		if err := c.clusterSocket(cmd); err != nil {
+		if far, err := c.reachNode(cmd); err != nil {
 			return err
+		} else if !far {
+			if err := c.clusterSocket(cmd); err != nil {
+				return err
+			}
 		}
 		return c.checkOutput(cmd)
 	}
@@ -157,9 +163,6 @@ var errReported = errors.New("reported")
 
 // report prints err and returns the exit code that it means.
 func report(w io.Writer, err error) int {
-	if errors.Is(err, errReported) {
-		return exitFailed
-	}
 	code := exitFailed
 	var hints []string
 	var bad *usageError
@@ -169,6 +172,10 @@ func report(w io.Writer, err error) int {
 	if errors.As(err, &own) {
 		code = own.code
 	}
+	if errors.Is(err, errReported) {
+		return code
+	}
+	var known *remote.Error
 	switch {
 	case errors.As(err, &bad):
 		code, hints = exitUsage, []string{bad.hint}
@@ -179,6 +186,8 @@ func report(w io.Writer, err error) int {
 		}
 	case errors.As(err, &help):
 		hints = help.hints
+	case errors.As(err, &known):
+		hints = []string{known.Hint()}
 	}
 	p := painter{colour: colourOn(w)}
 	say(w, "flotilla: %s %s\n", p.red("error:"), strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\nflotilla: error: "))

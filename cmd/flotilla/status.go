@@ -13,8 +13,15 @@ import (
 
 func (c *cli) statusCommand() *cobra.Command {
 	return c.clientFlags(&cobra.Command{
-		Use: "status", Short: "Show how the node on this machine is doing", Args: between(0, 0, ""),
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Use: "status [UNIT...]", Short: "Show how the node on this machine is doing, or how units are wherever they run",
+		Long: `Show how the node on this machine is doing. With units: where each is, why, and what
+systemd says of it there. The exit code is then the first that systemctl status gave
+that is not 0.`,
+		ValidArgsFunction: c.completeUnits,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return c.showUnits(cmd, args)
+			}
 			st, err := c.dial().Status(cmd.Context())
 			if err != nil {
 				return err

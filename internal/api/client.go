@@ -48,28 +48,54 @@ func (c *Client) Do(ctx context.Context, method, path string, query neturl.Value
 	return c.do(ctx, method, path, query, in, out)
 }
 
-// do sends one request and decodes the answer into out.
-func (c *Client) do(ctx context.Context, method, path string, query neturl.Values, in, out any) error {
+// Stream sends a GET and returns the answer while it comes. The caller closes it.
+func (c *Client) Stream(ctx context.Context, path string, query neturl.Values) (io.ReadCloser, error) {
+	resp, err := c.send(ctx, http.MethodGet, path, query, nil)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode/100 == 2 {
+		return resp.Body, nil
+	}
+	defer func() { _ = resp.Body.Close() }() // it was read to its end
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, c.unreached(err)
+	}
+	return nil, answered(resp, raw)
+}
+
+// send sends one request. Its errors are those of a Client.
+func (c *Client) send(ctx context.Context, method, path string, query neturl.Values, in any) (*http.Response, error) {
 	var body io.Reader
 	if in != nil {
 		raw, err := json.Marshal(in)
 		if err != nil {
-			return fail(CodeBadRequest, "", "%v", err)
+			return nil, fail(CodeBadRequest, "", "%v", err)
 		}
 		body = bytes.NewReader(raw)
 	}
 	plain, err := neturl.PathUnescape(path)
 	if err != nil {
-		return fail(CodeBadRequest, "", "%v", err)
+		return nil, fail(CodeBadRequest, "", "%v", err)
 	}
 	u := neturl.URL{Scheme: "http", Host: "node", Path: plain, RawPath: path, RawQuery: query.Encode()}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
-		return fail(CodeBadRequest, "", "%v", err)
+		return nil, fail(CodeBadRequest, "", "%v", err)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return c.unreached(err)
+		return nil, c.unreached(err)
+	}
+	return resp, nil
+}
+
+// do sends one request and decodes the answer into out.
+func (c *Client) do(ctx context.Context, method, path string, query neturl.Values, in, out any) error {
+	resp, err := c.send(ctx, method, path, query, in)
+	if err != nil {
+		return err
 	}
 	defer func() { _ = resp.Body.Close() }() // it was read to its end
 	raw, err := io.ReadAll(resp.Body)
@@ -121,7 +147,13 @@ func (c *Client) unreached(err error) *Error {
 	if errors.As(err, &e) {
 		err = e.Err
 	}
+	var known interface { // what connects may know better
+		error
+		Hint() string
+	}
 	switch {
+	case errors.As(err, &known):
+		return fail(CodeNoNode, known.Hint(), "%v", err)
 	case errors.Is(err, fs.ErrPermission):
 		return fail(CodeNoNode, "run it with sudo, or as a member of the socket's group", "this user may not open the node's socket %s", c.socket)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):

@@ -28,6 +28,8 @@ type HostKeys struct {
 	// Ask lets a person decide about a machine that is in no file; nil: it is
 	// refused.
 	Ask func(question string) (yes bool, err error)
+	// Alias is the name under which the machine is in the files; "": its address.
+	Alias string
 	// Insecure takes every key, and remembers none.
 	Insecure bool
 }

@@ -121,7 +121,7 @@ type Client struct {
 // Dial logs in at a machine. ctx ends the attempt, not the connection.
 //
 // Errors: nobody answers; the host key is not accepted (ErrHostKey); no key of
-// ours is accepted. Most are of type *Error.
+// ours is accepted. They are of type *Error, joined with others perhaps.
 func Dial(ctx context.Context, to Target, o Options) (*Client, error) {
 	return connect(ctx, to, o, func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "tcp", to.Address())
@@ -185,9 +185,12 @@ func login(ctx context.Context, conn net.Conn, to Target, o Options, timeout tim
 	keys := &keys{options: o, patient: patient}
 	defer keys.close()
 	check := &hostKeyCheck{HostKeys: o.HostKeys, address: to.Address(), patient: patient}
+	if o.HostKeys.Alias != "" {
+		check.address = net.JoinHostPort(o.HostKeys.Alias, strconv.Itoa(DefaultPort))
+	}
 	algorithms, err := check.algorithms()
 	if err != nil {
-		return nil, fmt.Errorf("ssh to %s: %w", to, err)
+		return nil, &Error{fmt.Errorf("ssh to %s: %w", to, err), ""}
 	}
 	c, channels, requests, err := ssh.NewClientConn(conn, to.Address(), &ssh.ClientConfig{
 		User:              to.User,
@@ -226,7 +229,7 @@ func explain(to Target, keys *keys, check *hostKeyCheck, err error) error {
 	case strings.Contains(err.Error(), "unable to authenticate"): // it has no type
 		return &Error{fmt.Errorf("ssh to %s: no key of ours is accepted for user %s%s", to.Address(), to.User, keys.tried()), keys.hint()}
 	}
-	return fmt.Errorf("ssh to %s: %w", to, err)
+	return &Error{fmt.Errorf("ssh to %s: %w", to, err), ""}
 }
 
 func notInTime(err error, timeout time.Duration) error {

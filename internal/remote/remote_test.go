@@ -272,6 +272,16 @@ func TestKnownHostsFile(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) { dial(t, s, o) })
 	}
 
+	alias := o
+	alias.HostKeys.Alias = "n1"
+	if _, err := Dial(t.Context(), target(s), alias); !errors.Is(err, ErrHostKey) {
+		t.Errorf("error %v, want that n1 is not known", err)
+	}
+	if err := os.WriteFile(file, []byte("n1 "+strings.SplitN(s.KnownHosts(), " ", 2)[1]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dial(t, s, alias)
+
 	other := "other.example " + strings.SplitN(strings.TrimSpace(s.KnownHosts()), " ", 2)[1]
 	if err := os.WriteFile(file, []byte(other), 0o600); err != nil {
 		t.Fatal(err)

@@ -70,6 +70,17 @@ type Server struct {
 // file in. lines are added to its configuration. It ends with the test.
 func Start(t testing.TB, host, key string, lines ...string) *Server {
 	t.Helper()
+	return start(t, host, 0, key, lines)
+}
+
+// StartAt is Start on a certain port.
+func StartAt(t testing.TB, host string, port int, key string, lines ...string) *Server {
+	t.Helper()
+	return start(t, host, port, key, lines)
+}
+
+func start(t testing.TB, host string, port int, key string, lines []string) *Server {
+	t.Helper()
 	u, err := user.Current()
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +98,9 @@ func Start(t testing.TB, host, key string, lines ...string) *Server {
 		}
 	}
 	for range 5 { // somebody may take the port meanwhile
-		s.Port = freePort(t, host)
+		if s.Port = port; port == 0 {
+			s.Port = freePort(t, host)
+		}
 		if s.run(lines) {
 			t.Cleanup(func() { s.stop() })
 			return s
