@@ -427,9 +427,31 @@ func (c *cli) noNode(l local, name string) error {
 	return hinted{fmt.Errorf("cluster %s has no node %s", l.Name(), name), []string{"flotilla cluster status " + l.Name()}}
 }
 
+// How long a store may take to be healthy enough to let a member go.
+const leaveLimit = time.Minute
+
 // leaveStore removes the machine's member from the store, by way of another
 // machine. That it has none is no error.
 func leaveStore(ctx context.Context, l local, leaving nspawn.Machine, all []nspawn.Machine) error {
+	ctx, cancel := context.WithTimeout(ctx, leaveLimit)
+	defer cancel()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		err := tryLeave(ctx, l, leaving, all)
+		// etcd counts members that have started a few seconds ago as absent.
+		if err == nil || !strings.Contains(err.Error(), "unhealthy cluster") {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func tryLeave(ctx context.Context, l local, leaving nspawn.Machine, all []nspawn.Machine) error {
 	err := errors.New("no other node runs")
 	for _, m := range all {
 		if !m.Running || m.Name == leaving.Name {
@@ -437,15 +459,15 @@ func leaveStore(ctx context.Context, l local, leaving nspawn.Machine, all []nspa
 		}
 		var members string
 		// Nodes whose store is no member have no etcd to ask.
-		etcdctl := "etcdctl --endpoints=http://" + m.Address.String() + ":2379 member "
-		if members, err = onMachine(ctx, l, m.Name, "ETCDCTL_API=3 "+etcdctl+"list"); err != nil {
+		etcdctl := "ETCDCTL_API=3 etcdctl --endpoints=http://" + m.Address.String() + ":2379 member "
+		if members, err = onMachine(ctx, l, m.Name, etcdctl+"list"); err != nil {
 			continue
 		}
 		id := memberAt(members, leaving.Address.String())
 		if id == "" {
 			return nil
 		}
-		if _, err = onMachine(ctx, l, m.Name, "ETCDCTL_API=3 "+etcdctl+"remove "+id); err == nil {
+		if _, err = onMachine(ctx, l, m.Name, etcdctl+"remove "+id); err == nil {
 			return nil
 		}
 	}
@@ -472,7 +494,8 @@ func onMachine(ctx context.Context, l local, name, command string) (string, erro
 	cmd.Stderr = &complaint
 	out, err := cmd.Output()
 	if err != nil {
-		err = fmt.Errorf("on %s: %w: %s", name, err, strings.TrimSpace(complaint.String()))
+		lines := strings.Split(strings.TrimSpace(complaint.String()), "\n")
+		err = fmt.Errorf("on %s: %w: %s", name, err, lines[len(lines)-1])
 	}
 	return string(out), err
 }
