@@ -28,6 +28,7 @@ type Engine struct {
 	idle, most time.Duration // without a change before a plan, and after the first one at most
 	check      time.Duration // between two looks at everything
 	firstWait  time.Duration // before a refused step is tried again, doubled each time
+	longest    time.Duration // that writing may keep it from looking at what has changed meanwhile
 
 	mu    sync.Mutex
 	stats Stats // guarded by mu
@@ -50,7 +51,7 @@ type Stats struct {
 
 // New returns an Engine. It does nothing; Run does.
 func New(cfg Config) *Engine {
-	return &Engine{cfg: cfg, idle: 10 * time.Millisecond, most: 50 * time.Millisecond, check: time.Minute, firstWait: 100 * time.Millisecond}
+	return &Engine{cfg: cfg, idle: 10 * time.Millisecond, most: 50 * time.Millisecond, check: time.Minute, firstWait: 100 * time.Millisecond, longest: time.Second}
 }
 
 // Stats returns the counters. It may be called from any goroutine.
@@ -277,14 +278,10 @@ func (l *leadership) pass(ctx context.Context) error {
 	return l.write(ctx, due)
 }
 
-// longest is how long writing may keep the engine from looking at what has
-// changed meanwhile.
-const longest = time.Second
-
 func (l *leadership) write(ctx context.Context, steps []Step) error {
 	began := time.Now()
 	for _, b := range pack(l.cfg.Keys, steps) {
-		if time.Since(began) > longest { // what was written brings the next plan
+		if time.Since(began) > l.longest { // what was written brings the next plan
 			for _, s := range b.steps {
 				l.cluster.Retry(s.Unit)
 			}

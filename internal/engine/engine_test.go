@@ -252,7 +252,9 @@ func TestTwoLeaders(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return &leadership{Engine: New(Config{Store: r.c, Keys: keys, Log: quiet()}), cluster: Load(keys, all, revision), failed: map[string]failure{}, said: map[string]string{}}
+		e := New(Config{Store: r.c, Keys: keys, Log: quiet()})
+		e.longest = time.Hour
+		return &leadership{Engine: e, cluster: Load(keys, all, revision), failed: map[string]failure{}, said: map[string]string{}}
 	}
 	a, b, deposed := leader(), leader(), leader()
 	a.leader = store.CreatedAt(keys.EngineElection()+"1", revision)
