@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -14,6 +17,7 @@ import (
 	"flotilla/internal/api"
 	"flotilla/internal/engine"
 	"flotilla/internal/fleetapi"
+	"flotilla/internal/logs"
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/systemd"
@@ -34,6 +38,7 @@ type fleet struct {
 	systemd *systemd.Conn // nil: this machine runs no units
 	engine  *engine.Engine
 	handler *fleetapi.Handler
+	logs    *logs.Server
 	agent   atomic.Pointer[agent.Agent] // the present one; nil before the first and where none is run
 }
 
@@ -53,14 +58,35 @@ func (n *node) openFleet() (err error) {
 		Store: n.client, Keys: f.keys, Registered: registered, Self: func() string { return f.machine.ID },
 		Version: n.version, TokenLimit: n.cfg.TokenLimit, Log: n.log,
 	})
+	f.logs = logs.New(logs.Config{
+		Store: n.client, Keys: f.keys, Self: func() string { return f.machine.ID }, Own: f.own,
+		Journal: systemd.Journal, Show: systemd.Show, Log: n.log,
+	})
 	return nil
+}
+
+// own returns the names of the units that are on this machine.
+func (f *fleet) own() []string {
+	a := f.agent.Load()
+	if a == nil {
+		return nil
+	}
+	return slices.Collect(maps.Keys(a.States().Units))
+}
+
+// routes are what the API has for units.
+func (f *fleet) routes() []func(*http.ServeMux) {
+	return []func(*http.ServeMux){f.handler.Register, f.logs.Register}
 }
 
 // fleetParts are what of units runs on this node, those that others need first.
 func (n *node) fleetParts() []part {
-	var parts []part
+	parts := []part{{"logs", n.fleet.logs.Run}}
 	if n.fleet.systemd != nil {
 		parts = append(parts, part{"systemd", n.fleet.systemd.Run}, part{"units", n.runUnits})
+		if n.cfg.APIPort != 0 {
+			parts = append(parts, part{"logs for other nodes", n.serveLogs})
+		}
 	}
 	if n.cfg.Engine {
 		parts = append(parts, part{"engine", n.fleet.engine.Run})
@@ -103,6 +129,15 @@ func (n *node) runAgent(ctx context.Context) error {
 	}
 	stop()
 	return errors.Join(err, <-ended)
+}
+
+// serveLogs serves what other nodes ask of this one.
+func (n *node) serveLogs(ctx context.Context) error {
+	l, err := net.Listen("tcp", n.fleet.machine.API)
+	if err != nil {
+		return fmt.Errorf("--api-port %d: %w", n.cfg.APIPort, err)
+	}
+	return api.Serve(ctx, n.fleet.logs.Local(), n.log, l)
 }
 
 // listeners opens what serves the whole API beside its own socket: the sockets

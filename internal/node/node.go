@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -127,7 +126,7 @@ func (n *node) serveUnits(ctx context.Context, listeners []net.Listener) error {
 	if err != nil {
 		return err
 	}
-	return api.Serve(ctx, api.Routes(n.log, n.fleet.handler.Register), n.log, append(listeners, own)...)
+	return api.Serve(ctx, api.Routes(n.log, n.fleet.routes()...), n.log, append(listeners, own)...)
 }
 
 // open makes every edge and component; none of them runs yet.
@@ -180,7 +179,7 @@ func (n *node) openComponents() (err error) {
 		Socket: cfg.Socket, OpsSocket: ops, Policy: cfg.Policy(), Feed: n.feed, Store: n.client, Router: n.router,
 		DNS: n.dns.Stats, StoreState: n.discovery.state, Problems: func() int { return int(n.discovery.problems.Load()) },
 		Warnings: n.warnings, AcceptEpoch: n.discovery.reflector.AcceptEpoch,
-		More: []func(*http.ServeMux){n.fleet.handler.Register}, Log: n.log,
+		More: n.fleet.routes(), Log: n.log,
 	})
 	return nil
 }
