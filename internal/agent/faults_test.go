@@ -155,7 +155,9 @@ func TestDeathAtEveryCall(t *testing.T) {
 				}
 			})
 			p.stop()
-			<-p.ended
+			if err := <-p.ended; err != nil {
+				t.Error(err)
+			}
 			p.ended <- nil
 			p.finish()
 			r.fake.hook(nil)

@@ -46,6 +46,7 @@ type want struct {
 	Epoch     int64            //
 	Release   string           // why it shall leave; "" if it may stay
 	Void      string           // why nothing is started of it for now; "" if it is in force
+	Outlived  bool             // it is void because it is of an older generation: the unit may be elsewhere
 	Exclusive bool             // it runs behind the fence
 	Problem   string           // why this version cannot be here at all
 	After     []string         // units that are started before it when both are to be started
@@ -127,7 +128,7 @@ func planUnit(w want, wanted bool, h have, f fence) []Step {
 	case w.Problem != "": // what runs of an earlier version keeps running
 		return nil
 	case w.Void != "":
-		if h.Exclusive && !f.Solo && h.stoppable() {
+		if w.Outlived && h.Exclusive && !f.Solo && h.stoppable() {
 			return []Step{{Do: Stop, Reason: "it is exclusive, and " + w.Void}}
 		}
 		return nil

@@ -80,7 +80,9 @@ func parse(t *testing.T, input string) (map[string]want, map[string]have, fence)
 				case "release":
 					w.Release = v
 				case "void":
-					w.Void = "it is void"
+					w.Void, w.Outlived = "it is void", true
+				case "unregistered":
+					w.Void = "the machine is not registered"
 				case "problem":
 					w.Problem = "it is bad"
 				case "exclusive":
@@ -199,7 +201,7 @@ func TestPlansConverge(t *testing.T) {
 				w := want{
 					Hash: pick("hash", "h1", "h2"), Desired: registry.Desired(pick("desired", "loaded", "launched", "inactive")),
 					Restarts: rapid.Int64Range(0, 2).Draw(t, "restarts"), Epoch: rapid.Int64Range(1, 2).Draw(t, "epoch"),
-					Exclusive: is("exclusive"), Release: pick("release", "", "", "", "drained"), Void: pick("void", "", "", "", "void"), Problem: pick("problem", "", "", "", "bad"),
+					Exclusive: is("exclusive"), Release: pick("release", "", "", "", "drained"), Void: pick("void", "", "", "", "void"), Outlived: is("outlived"), Problem: pick("problem", "", "", "", "bad"),
 				}
 				w.Sum = w.Hash + pick("sum", "x", "y")
 				wants[name] = w

@@ -322,7 +322,7 @@ func (p *present) add(name string, e entry, machine string) {
 	case p.generation == 0:
 		w.Void = "this machine is not registered"
 	case e.Generation != p.generation:
-		w.Void = "the engine has not yet confirmed it after this machine was away"
+		w.Void, w.Outlived = "the engine has not yet confirmed it after this machine was away", true
 	}
 	p.wants[name], p.entries[name] = w, e
 }
