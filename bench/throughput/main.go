@@ -87,8 +87,8 @@ frontend http
 		b.WriteString(`    option forwardfor
     http-request del-header x-forwarded- -m beg
     http-request del-header forwarded
-    http-request set-header x-forwarded-proto http
-    http-request set-header x-forwarded-port %[dst_port]
+    http-request add-header x-forwarded-proto http
+    http-request add-header x-forwarded-port %[dst_port]
     http-request disable-l7-retry unless { method GET HEAD OPTIONS PUT DELETE }
 `)
 	}

@@ -88,6 +88,7 @@ const (
 	HTTPSMap     = "https"      // the same on the HTTPS port
 	HTTPWildMap  = "http-wild"  // example.com for *.example.com -> route
 	HTTPSWildMap = "https-wild" // the same on the HTTPS port
+	DomainsMap   = "domains"    // DomainsKey, if there are custom domains
 	HTTPPortMap  = "http-port"  // host_port -> route
 	TCPPortMap   = "tcp-port"   // host_port -> route
 	SNIMap       = "sni"        // service name -> route, on the TLS passthrough port
@@ -95,10 +96,14 @@ const (
 )
 
 // Maps are all map files.
-var Maps = []string{HTTPMap, HTTPSMap, HTTPWildMap, HTTPSWildMap, HTTPPortMap, TCPPortMap, SNIMap, StateMap}
+var Maps = []string{HTTPMap, HTTPSMap, HTTPWildMap, HTTPSWildMap, DomainsMap, HTTPPortMap, TCPPortMap, SNIMap, StateMap}
 
-// Redirect is a route that sends the client to the same name on HTTPS.
-const Redirect = ">"
+// Redirect is the backend that sends the client to the same name on HTTPS.
+const Redirect = "redirect"
+
+// DomainsKey is the key in DomainsMap that makes requests be looked up by custom
+// domain; it is there or not.
+const DomainsKey = "1"
 
 // Route is the value of a map entry: which backend, for which service, and the
 // options that backends of an Options class evaluate.

@@ -77,7 +77,7 @@ func start(t *testing.T, binary string, v Version) running {
 		OpsSocket: "@flotilla-test", Trusted: true, AcceptProxy: true, AccessLog: "stdout format raw",
 	}
 	files := map[string]string{
-		"pages/404.html": "none", "pages/404.json": "{}", "pages/503": "503",
+		"pages/404.html": "none", "pages/404.json": "{}", "pages/503": "503", "pages/json.map": "json 1\n",
 		"trusted.lst": "10.0.0.0/8\n", "certs/crt-list": c.Dir + "/certs/default.pem\n", "certs/default.pem": certificate(t),
 		"maps/http.map": "web hl.1:web\n*.odd\tvalue with  spaces\n", "maps/state.map": "attached no\ndraining no\n",
 	}

@@ -198,7 +198,7 @@ func TestChangesByHandAreUndone(t *testing.T) {
 	eachHAProxy(t, func(t *testing.T, binary string) {
 		b := newBed(t, testConfig(t, binary))
 		one, two := endpoint(t, "one"), endpoint(t, "two")
-		b.put("web/scheme http", "web/hosts/1 "+one, "api/scheme http", "api/hosts/1 "+two)
+		b.put("web/scheme http", "web/hosts/1 "+one, "api/scheme http", "api/hosts/1 "+two, "api/domains/1 web.example.com")
 		b.wait()
 		routes := b.command("show map " + b.router.mapFile(haproxy.HTTPMap))
 		backend, _ := haproxy.RouteOwner(haproxy.ParseMap(routes[0].Text)["web"])
@@ -208,6 +208,9 @@ func TestChangesByHandAreUndone(t *testing.T) {
 			{"del map " + b.router.mapFile(haproxy.HTTPMap) + " web"},
 			{"add map " + b.router.mapFile(haproxy.HTTPMap) + " intruder " + backend + ":intruder"},
 			{"set server " + backend + "/s1 addr 127.0.0.1 port 1"},
+			{"del map " + b.router.mapFile(haproxy.DomainsMap) + " " + haproxy.DomainsKey},
+			{"set map " + b.router.mapFile(haproxy.DomainsMap) + " " + haproxy.DomainsKey + " no"},
+			{"add map " + b.router.mapFile(haproxy.HTTPMap) + " intruder " + backend},
 		} {
 			b.command(byHand...)
 			b.router.hurryAudit()
@@ -217,6 +220,9 @@ func TestChangesByHandAreUndone(t *testing.T) {
 				}
 				if got := b.answer(b.cfg.HTTPPort, "intruder.x", "/"); got != "404" {
 					return fmt.Sprintf("after %v: intruder %s", byHand, got)
+				}
+				if got := b.answer(b.cfg.HTTPPort, "web.example.com", "/"); got != "two" {
+					return fmt.Sprintf("after %v: custom domain %s", byHand, got)
 				}
 				return ""
 			})

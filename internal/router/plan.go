@@ -64,6 +64,7 @@ type state struct {
 	backends map[string]map[string]haproxy.Server // servers by name, by backend
 	routes   map[entry]string                     // the map files
 	owned    map[string]map[entry]string          // routes by the service that they name
+	domains  int                                  // how many of the routes are by custom domain
 }
 
 func newState() *state {
@@ -90,6 +91,9 @@ func (s *state) apply(step Step) {
 func (s *state) setRoute(e entry, value string) {
 	if was, ok := s.routes[e]; ok {
 		_, service := haproxy.RouteOwner(was)
+		if e.byDomain() {
+			s.domains--
+		}
 		delete(s.owned[service], e)
 		if len(s.owned[service]) == 0 {
 			delete(s.owned, service)
@@ -100,6 +104,9 @@ func (s *state) setRoute(e entry, value string) {
 		return
 	}
 	s.routes[e] = value
+	if e.byDomain() {
+		s.domains++
+	}
 	_, service := haproxy.RouteOwner(value)
 	if s.owned[service] == nil {
 		s.owned[service] = map[entry]string{}
@@ -109,6 +116,18 @@ func (s *state) setRoute(e entry, value string) {
 
 // entry is one key of one map.
 type entry struct{ Map, Key string }
+
+// byDomain reports whether the entry is a custom domain's; services' names have
+// no dots.
+func (e entry) byDomain() bool {
+	switch e.Map {
+	case haproxy.HTTPWildMap, haproxy.HTTPSWildMap:
+		return true
+	case haproxy.HTTPMap, haproxy.HTTPSMap:
+		return strings.Contains(e.Key, ".")
+	}
+	return false
+}
 
 // wanted is what one service needs of HAProxy.
 type wanted struct {
@@ -204,6 +223,23 @@ func (w *wanted) publish(svc *catalog.Service, route haproxy.Route, node offers)
 			add(haproxy.HTTPMap, haproxy.HTTPSMap, d)
 		}
 	}
+}
+
+// nobody is the owner of domainsSwitch, which is for all services together, and of
+// routes that somebody made by hand without an owner.
+const nobody = ""
+
+// domainsSwitch makes HAProxy look requests up by custom domain. That costs every
+// request, so it is on only where there is a custom domain.
+var domainsSwitch = entry{haproxy.DomainsMap, haproxy.DomainsKey}
+
+// wantOfNobody says what all services together need.
+func wantOfNobody(have *state) wanted {
+	w := wanted{routes: map[entry]haproxy.Route{}}
+	if have.domains > 0 {
+		w.routes[domainsSwitch] = haproxy.Route{Backend: "yes", Service: nobody}
+	}
+	return w
 }
 
 // planServers returns the steps from the servers that a backend has to those it
@@ -324,18 +360,22 @@ func compareServerNames(a, b string) int {
 // planRoutes returns the steps from the map entries that lead to a service to
 // those that shall, all of them through backend.
 func planRoutes(service, backend string, w wanted, have *state) []Step {
+	subject := "service " + service
+	if service == nobody {
+		subject = "any custom domain"
+	}
 	var steps []Step
 	for e, route := range w.routes {
 		if route.Backend == "" {
 			route.Backend = backend
 		}
 		if value := route.String(); have.routes[e] != value {
-			steps = append(steps, Step{Do: SetRoute, Map: e.Map, Key: e.Key, Value: value, Reason: "service " + service + " is offered here"})
+			steps = append(steps, Step{Do: SetRoute, Map: e.Map, Key: e.Key, Value: value, Reason: subject + " is offered here"})
 		}
 	}
 	for e := range have.owned[service] {
 		if _, ok := w.routes[e]; !ok {
-			steps = append(steps, Step{Do: DelRoute, Map: e.Map, Key: e.Key, Reason: "service " + service + " is no longer offered here"})
+			steps = append(steps, Step{Do: DelRoute, Map: e.Map, Key: e.Key, Reason: subject + " is no longer offered here"})
 		}
 	}
 	slices.SortFunc(steps, func(a, b Step) int {

@@ -442,7 +442,8 @@ func TestAccessLog(t *testing.T) {
 		cfg.AccessLog = path
 		b := newBed(t, cfg)
 		e, echo := endpoint(t, "web"), tcpEndpoint(t, "raw")
-		b.put("web/scheme http", "web/hosts/1 "+e, "raw/scheme tcp", "raw/hosts/1 "+echo, "raw/host_port 7001", "empty/scheme http")
+		b.put("web/scheme http", "web/hosts/1 "+e, "raw/scheme tcp", "raw/hosts/1 "+echo, "raw/host_port 7001", "empty/scheme http",
+			"safe/scheme https", "web/domains/1 www.shop.example", "web/host_port 7002")
 		b.wait()
 		next := func(wants ...string) {
 			t.Helper()
@@ -473,7 +474,15 @@ func TestAccessLog(t *testing.T) {
 		b.answer(8080, "empty.example", "/")
 		next(`service=empty `, `status=503 `)
 		b.answer(8080, "ghost.example", "/")
-		next(`service=- `, `status=404 `)
+		next(`service=- `, `status=404 `, `host="ghost.example"`)
+		b.answer(8080, "safe.example", "/")
+		next(`service=safe `, `status=301 `, `host="safe.example"`)
+		b.answer(8080, "WWW.shop.example:8080", "/")
+		next(`service=web `, `status=200 `, `host="www.shop.example"`)
+		b.answer(8080, "10.0.0.1", "/web/x")
+		next(`service=web `, `status=200 `, `host="10.0.0.1"`)
+		b.answer(7002, "any.example", "/")
+		next(`service=web `, `status=200 `, `host="any.example"`)
 		send(t, b.caller(8080, ""), "GET", "http://web.example/%22%0a%0dclient=evil", "")
 		next(`service=web `, `request="[^"]*"`)
 		conn := b.dial(7001)

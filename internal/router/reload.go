@@ -137,6 +137,9 @@ func (r *Router) target(snapshot *catalog.Snapshot) error {
 	for _, s := range order(steps) {
 		r.have.apply(s)
 	}
+	for _, s := range r.planService(nil, nobody) {
+		r.have.apply(s)
+	}
 	r.slots.stock(r.have)
 	return nil
 }

@@ -254,11 +254,12 @@ func (r *Router) converge(ctx context.Context, snapshot *catalog.Snapshot) error
 	}
 	if r.done == nil { // what HAProxy has beyond the catalog
 		for service := range r.have.owned {
-			if snapshot.Service(service) == nil {
+			if service != nobody && snapshot.Service(service) == nil {
 				names = append(names, service)
 			}
 		}
 	}
+	names = append(names, nobody) // the last one, because it depends on the others
 	if err := r.reconcile(ctx, snapshot, names); err != nil {
 		return err
 	}
@@ -319,9 +320,13 @@ func (r *Router) reconcileBatch(ctx context.Context, snapshot *catalog.Snapshot,
 	return nil
 }
 
-// planService returns the steps for one service; svc is nil when it is gone.
+// planService returns the steps for one service; svc is nil when it is gone, or
+// when name is nobody.
 func (r *Router) planService(svc *catalog.Service, name string) []Step {
 	w := want(svc, offers{hostPort: svc != nil && r.mayOpen(svc), sni: r.cfg.SNIPort != 0})
+	if name == nobody {
+		w = wantOfNobody(r.have)
+	}
 	var steps []Step
 	backend := ""
 	if w.service != "" {

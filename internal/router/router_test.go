@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"flotilla/internal/haproxy"
 )
 
 func TestRoutesByHostAndPath(t *testing.T) {
@@ -34,6 +36,81 @@ func TestRoutesByHostAndPath(t *testing.T) {
 		}
 		if s := b.router.Status(); s.Reloads != 0 {
 			t.Errorf("%d reloads: %s", s.Reloads, s.LastReload)
+		}
+	})
+}
+
+// TestDomainsComeFirst has custom domains that services' names would fit, too.
+func TestDomainsComeFirst(t *testing.T) {
+	eachHAProxy(t, func(t *testing.T, binary string) {
+		b := newBed(t, testConfig(t, binary))
+		check := func(when string, exact, wild, both, path string) {
+			t.Helper()
+			b.wait()
+			for _, c := range []struct{ host, path, want string }{
+				{"www.shop.example", "/", exact}, {"WWW.Shop.Example:8080", "/web", exact},
+				{"web.wild.example", "/", wild}, {"Web.Wild.example:80", "/www", wild}, {"web.both.example", "/", both},
+				{"new.wild.example", "/web", path},
+				{"www.else.example", "/", "www"}, {"web.x.wild.example", "/", "web"}, {"web", "/", "web"}, {"x.y", "/WEB/z", "web"},
+			} {
+				if got := b.answer(b.cfg.HTTPPort, c.host, c.path); got != c.want {
+					t.Errorf("%s: host %s path %s: got %s, want %s", when, c.host, c.path, got, c.want)
+				}
+			}
+			if on := b.switchedOn(); on != (exact == "shop" || wild == "shop") {
+				t.Errorf("%s: requests are looked up by custom domain: %t", when, on)
+			}
+		}
+		for _, name := range []string{"web", "www", "shop", "own"} {
+			b.put(name+"/scheme http", name+"/hosts/1 "+endpoint(t, name))
+		}
+		check("without domains", "www", "web", "web", "web")
+		b.put("shop/domains/1 www.shop.example", "shop/domains/2 *.wild.example", "shop/domains/3 *.both.example", "own/domains/1 web.both.example")
+		check("with domains", "shop", "shop", "own", "shop")
+		b.halt(nil)
+		b.start()
+		check("after a restart", "shop", "shop", "own", "shop")
+		b.put("-shop/domains/1", "-shop/domains/3", "-own/domains/1")
+		check("with a wildcard only", "www", "shop", "web", "shop")
+		b.put("shop/scheme https")
+		b.wait()
+		for _, host := range []string{"new.wild.example", "web.wild.example"} {
+			if got := b.answer(b.cfg.HTTPPort, host, "/"); got != "301" {
+				t.Errorf("host %s of a service on HTTPS: %s", host, got)
+			}
+			if got := b.tlsAnswer(host); got != "shop" {
+				t.Errorf("https %s: %s", host, got)
+			}
+		}
+		b.put("-shop/scheme")
+		check("without domains again", "www", "web", "web", "web")
+		if s := b.router.Status(); s.Reloads != 0 {
+			t.Errorf("%d reloads: %s", s.Reloads, s.LastReload)
+		}
+	})
+}
+
+// switchedOn reports whether HAProxy looks requests up by custom domain.
+func (b *bed) switchedOn() bool {
+	b.t.Helper()
+	return len(haproxy.ParseMap(b.command("show map " + b.router.mapFile(haproxy.DomainsMap))[0].Text)) > 0
+}
+
+// TestRouteToNowhere has a route to a backend that is not there, which is not the
+// same as no service.
+func TestRouteToNowhere(t *testing.T) {
+	eachHAProxy(t, func(t *testing.T, binary string) {
+		b := newBed(t, testConfig(t, binary))
+		b.wait()
+		eventually(t, func() string {
+			if s := b.router.Status(); !s.Serving {
+				return fmt.Sprintf("not serving: %+v", s)
+			}
+			return ""
+		})
+		b.command("add map " + b.router.mapFile(haproxy.HTTPMap) + " lost nowhere:lost")
+		if status, body, _ := b.get(b.cfg.HTTPPort, "lost.x", "/"); status != http.StatusServiceUnavailable {
+			t.Errorf("%d, want 503: %s", status, body)
 		}
 	})
 }
