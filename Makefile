@@ -2,13 +2,20 @@
 VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 20s
 
-.PHONY: build test race lint fuzz bench demo check deps haproxies
+.PHONY: build test race lint fuzz system cluster bench demo check deps haproxies
 
 build: ## bin/flotilla
 	go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
 
 test: haproxies lint ## everything that continuous integration runs
 	go test -timeout 30m ./...
+	@$(MAKE) --no-print-directory system cluster
+
+system: deps ## tests with a real systemd, in containers; needs root
+	go test -tags system -timeout 30m ./internal/systemd ./internal/agent
+
+cluster: deps ## tests on whole clusters of such containers; needs root
+	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./cmd/flotilla ./test/units -run "$(or $(RUN),.)"
 
 race: haproxies ## the tests under the race detector
 	go test -race -timeout 60m ./...
@@ -17,7 +24,7 @@ check: lint race ## before a push
 
 lint: ## what tools can tell about the code
 	@echo gofmt -l .; out=$$(gofmt -l .); test -z "$$out" || { echo "not as gofmt writes it: $$out" >&2; exit 1; }
-	go vet ./...
+	go vet ./... && go vet -tags system,cluster ./...
 	go tool staticcheck ./...
 	go tool errcheck ./...
 	go mod tidy -diff

@@ -25,6 +25,8 @@ h2load    nghttp2-client   HTTP/2 load
 ssh-agent openssh-client   keys for ssh
 nft       nftables         TCP ports without reloads
 ip        iproute2         network namespaces
+systemd-nspawn systemd-container machines of clusters on this one
+mmdebstrap mmdebstrap      their root file systems
 /usr/share/keyrings/debian-archive-keyring.gpg debian-archive-keyring signatures of further HAProxy versions
 '
 
