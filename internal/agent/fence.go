@@ -50,7 +50,10 @@ import (
 func stopAfter(ttl time.Duration) time.Duration { return ttl * 2 / 3 }
 func killAfter(ttl time.Duration) time.Duration { return ttl * 19 / 24 }
 
-const forEver = 10 * 365 * 24 * time.Hour
+const (
+	forEver  = 10 * 365 * 24 * time.Hour
+	armAgain = time.Second / 2 // between two attempts
+)
 
 // duty is what the fence needs at a moment.
 type duty string
@@ -72,6 +75,7 @@ type stand struct {
 	armed   time.Time     // t0 of the timer in PID 1, or when this process began
 	closed  bool          // this process has not armed or widened it
 	wide    bool          // it is put off for ever
+	failed  time.Time     // when arming failed last
 	halted  bool          // the units were stopped since it was armed
 	kills   int           // rounds of killing since it was armed
 	present time.Time     // the present moment
@@ -90,21 +94,26 @@ func (s stand) next() (duty, time.Duration) {
 		return widen, 0
 	case s.solo:
 		return rest, 0
-	case s.young() && (s.wide || s.closed || s.t0.After(s.armed)):
+	}
+	due := s.young() && (s.wide || s.closed || s.t0.After(s.armed))
+	if due && s.present.Sub(s.failed) >= armAgain {
 		return arm, 0
 	}
+	// A timer that cannot be put off does not keep the deadlines from coming.
 	age, round := s.present.Sub(s.armed), killAfter(s.ttl)+time.Duration(s.kills)*time.Second/2
+	wait := round - age
 	switch {
-	case age >= round:
-		return kill, 0
-	case age >= killAfter(s.ttl):
-		return rest, round - age
 	case age >= stopAfter(s.ttl) && !s.halted:
 		return halt, 0
-	case age >= stopAfter(s.ttl):
-		return rest, round - age
+	case age >= round:
+		return kill, 0
+	case age < stopAfter(s.ttl):
+		wait = stopAfter(s.ttl) - age
 	}
-	return rest, stopAfter(s.ttl) - age
+	if due {
+		wait = min(wait, armAgain-s.present.Sub(s.failed))
+	}
+	return rest, wait
 }
 
 func (s stand) young() bool { return !s.t0.IsZero() && s.present.Sub(s.t0) < stopAfter(s.ttl) }
@@ -194,7 +203,11 @@ func (g *guard) run(ctx context.Context) error {
 			if ctx.Err() == nil {
 				g.a.log.Warn("the fence of exclusive units", "step", string(do), "err", err)
 			}
-			wait = time.Second / 2
+			if do == arm {
+				g.note(func(s *stand) { s.failed = s.present })
+				continue
+			}
+			wait = armAgain
 		}
 		if s.young() {
 			if again := g.settleSolo(ctx, s); again > 0 && (wait == 0 || again < wait) {

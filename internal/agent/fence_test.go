@@ -35,7 +35,10 @@ func TestDuties(t *testing.T) {
 		{"time is up", stand{needed: true, armed: t0, present: at(9.5), halted: true}, kill, 0, false},
 		{"killed once", stand{needed: true, armed: t0, present: at(9.6), halted: true, kills: 1}, rest, 400 * time.Millisecond, false},
 		{"killed again", stand{needed: true, armed: t0, present: at(10.1), halted: true, kills: 1}, kill, 0, false},
-		{"frozen for long: kill first", stand{needed: true, armed: t0, present: at(60)}, kill, 0, false},
+		{"frozen for long: stop, so that nothing restarts", stand{needed: true, armed: t0, present: at(60)}, halt, 0, false},
+		{"and kill at once", stand{needed: true, armed: t0, present: at(60), halted: true}, kill, 0, false},
+		{"cannot be armed just now", stand{needed: true, armed: t0, t0: at(3), present: at(3.2), failed: at(3.1)}, rest, 400 * time.Millisecond, true},
+		{"cannot be armed for long", stand{needed: true, armed: t0, t0: at(6), present: at(8), failed: at(7.9)}, halt, 0, false},
 		{"confirmed again after that", stand{needed: true, armed: t0, t0: at(59), present: at(60), halted: true, kills: 3}, arm, 0, false},
 		{"alone", stand{needed: true, solo: true, closed: true, present: at(60)}, widen, 0, false},
 		{"alone, and the store is away", stand{needed: true, solo: true, wide: true, armed: t0, present: at(60)}, rest, 0, true},
@@ -74,6 +77,10 @@ func TestDutiesHold(t *testing.T) {
 				do, wait := s.next()
 				switch do {
 				case arm:
+					if rapid.IntRange(0, 3).Draw(t, "broken") == 0 {
+						s.failed = s.present
+						continue
+					}
 					timer = s.t0.Add(killAfter(s.ttl))
 					s.armed, s.closed, s.halted, s.kills = s.t0, false, false, 0
 				case halt:
@@ -201,7 +208,7 @@ func TestAgentRestartsBehindTheFence(t *testing.T) {
 func TestExclusiveStopsWhenTheFenceCannotBeArmed(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	r.ttl = 6 * time.Second
+	r.ttl = 12 * time.Second
 	r.second()
 	r.begin()
 	r.place("e.service", service("run", exclusive), registry.Launched)
@@ -213,6 +220,9 @@ func TestExclusiveStopsWhenTheFenceCannotBeArmed(t *testing.T) {
 		return nil, nil
 	})
 	r.wait("it to stop", func() bool { return r.fake.active("e.service") != "active" })
+	if !slices.Contains(r.fake.did(), "stopped e.service") {
+		t.Errorf("it was killed and not stopped: %v", r.fake.did())
+	}
 	r.waitState("e.service", "to wait", func(s registry.State) bool { return !s.Launched && s.Waiting != "" && s.Trouble == "" })
 	r.fake.hook(nil)
 	r.waitActive("e.service")
