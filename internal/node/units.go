@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 )
 
 // Unit is one systemd unit file.
@@ -77,6 +79,14 @@ func (c *Config) arguments(only ...string) string {
 	return args.String()
 }
 
+// stopSeconds is how long stopping the node may take.
+func (c *Config) stopSeconds() int {
+	if c.OnStop == "drain" {
+		return int(leaveLimit/time.Second) + 20
+	}
+	return 20
+}
+
 func (c *Config) storeUnit(self string) Unit {
 	return Unit{"flotilla-store.service", `[Unit]
 Description=Flotilla store (etcd)
@@ -117,7 +127,7 @@ StartLimitIntervalSec=0
 ExecStart=` + self + ` node --supervise=false` + c.arguments() + `
 Restart=always
 RestartSec=1
-TimeoutStopSec=20
+TimeoutStopSec=` + strconv.Itoa(c.stopSeconds()) + `
 RuntimeDirectory=flotilla
 RuntimeDirectoryPreserve=yes
 RuntimeDirectoryMode=0750
@@ -135,12 +145,13 @@ func (c *Config) haproxyUnit(haproxy string) Unit {
 Description=HAProxy, driven by flotilla-node.service
 Wants=network-online.target
 After=network-online.target
-# The node writes the first configuration; until then this one tries again. From
-# then on the file is equal to what runs, and HAProxy starts without the node.
 StartLimitIntervalSec=0
 
 [Service]
 Type=notify
+# The node writes the first configuration. From then on the file is equal to what
+# runs, and HAProxy starts without the node.
+ExecStartPre=/bin/sh -c 'until [ -s ` + dir + `/haproxy.cfg ]; do sleep 0.1; done'
 ExecStart=` + haproxy + ` -Ws -S ` + dir + `/master.sock,mode,600 -f ` + dir + `/haproxy.cfg
 KillMode=mixed
 Restart=always
