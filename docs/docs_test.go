@@ -66,10 +66,6 @@ func TestFlags(t *testing.T) {
 // Metrics are made by desc("name", ...) and by options with a Name.
 func TestMetrics(t *testing.T) {
 	code := map[string]bool{}
-	file, err := parser.ParseFile(token.NewFileSet(), "../internal/api/metrics.go", nil, parser.SkipObjectResolution)
-	if err != nil {
-		t.Fatal(err)
-	}
 	add := func(prefix string, e ast.Expr) {
 		if lit, ok := e.(*ast.BasicLit); ok && lit.Kind == token.STRING {
 			if name, err := strconv.Unquote(lit.Value); err == nil {
@@ -77,19 +73,25 @@ func TestMetrics(t *testing.T) {
 			}
 		}
 	}
-	ast.Inspect(file, func(n ast.Node) bool {
-		switch n := n.(type) {
-		case *ast.CallExpr:
-			if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "desc" {
-				add("flotilla_", n.Args[0])
-			}
-		case *ast.KeyValueExpr:
-			if key, ok := n.Key.(*ast.Ident); ok && key.Name == "Name" {
-				add("", n.Value)
-			}
+	for _, name := range []string{"../internal/api/metrics.go", "../internal/fleetapi/metrics.go"} {
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
 		}
-		return true
-	})
+		ast.Inspect(file, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.CallExpr:
+				if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "desc" {
+					add("flotilla_", n.Args[0])
+				}
+			case *ast.KeyValueExpr:
+				if key, ok := n.Key.(*ast.Ident); ok && key.Name == "Name" {
+					add("", n.Value)
+				}
+			}
+			return true
+		})
+	}
 	compare(t, "metric", "reference/metrics.md", code, set(`(?m)^\| .(flotilla_[a-z_]+).\s*\| (?:gauge|counter|histogram)`, read(t, "reference/metrics.md")))
 }
 

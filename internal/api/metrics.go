@@ -74,6 +74,7 @@ func newMetrics(s *Server) *metrics {
 		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15),
 	})
 	m.registry.MustRegister(m, m.propagation, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(s.Collectors...)
 	return m
 }
 

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"flotilla/internal/catalog"
@@ -64,6 +65,8 @@ type Config struct {
 	// More are routes that other packages serve on the API's socket. Their
 	// errors have the shape of those here.
 	More []func(mux *http.ServeMux)
+	// Collectors are metrics of other packages.
+	Collectors []prometheus.Collector
 	// Listeners serve the API beside its socket.
 	Listeners []net.Listener
 	Log       *slog.Logger

@@ -56,7 +56,7 @@ func (n *node) openFleet() (err error) {
 	f.engine = engine.New(engine.Config{Store: n.client, Keys: f.keys, Name: n.cfg.Name, Log: n.log})
 	f.handler = fleetapi.New(fleetapi.Config{
 		Store: n.client, Keys: f.keys, Registered: registered, Self: func() string { return f.machine.ID },
-		Version: n.version, TokenLimit: n.cfg.TokenLimit, Log: n.log,
+		Version: n.version, TokenLimit: n.cfg.TokenLimit, Metrics: f.collector().Handler(), Log: n.log,
 	})
 	f.logs = logs.New(logs.Config{
 		Store: n.client, Keys: f.keys, Self: func() string { return f.machine.ID }, Own: f.own,
@@ -65,13 +65,19 @@ func (n *node) openFleet() (err error) {
 	return nil
 }
 
-// own returns the names of the units that are on this machine.
-func (f *fleet) own() []string {
-	a := f.agent.Load()
-	if a == nil {
-		return nil
+// states returns what the agent has reported last.
+func (f *fleet) states() registry.States {
+	if a := f.agent.Load(); a != nil {
+		return a.States()
 	}
-	return slices.Collect(maps.Keys(a.States().Units))
+	return registry.States{}
+}
+
+// own returns the names of the units that are on this machine.
+func (f *fleet) own() []string { return slices.Collect(maps.Keys(f.states().Units)) }
+
+func (f *fleet) collector() fleetapi.Collector {
+	return fleetapi.Collector{Engine: f.engine.Stats, States: f.states}
 }
 
 // routes are what the API has for units.

@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"flotilla/internal/api"
 	"flotilla/internal/catalog"
 	"flotilla/internal/dns"
@@ -179,7 +181,7 @@ func (n *node) openComponents() (err error) {
 		Socket: cfg.Socket, OpsSocket: ops, Policy: cfg.Policy(), Feed: n.feed, Store: n.client, Router: n.router,
 		DNS: n.dns.Stats, StoreState: n.discovery.state, Problems: func() int { return int(n.discovery.problems.Load()) },
 		Warnings: n.warnings, AcceptEpoch: n.discovery.reflector.AcceptEpoch,
-		More: n.fleet.routes(), Log: n.log,
+		More: n.fleet.routes(), Collectors: []prometheus.Collector{n.fleet.collector()}, Log: n.log,
 	})
 	return nil
 }
