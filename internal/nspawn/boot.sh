@@ -1,10 +1,11 @@
 # Boots one machine and boots it again whenever it reboots. Arguments: lower,
-# upper, work and root directory, control groups (empty: a unit of systemd has
-# made one), then the command that runs the container. It stays as the father of
-# the container, in a mount namespace of its own: with the last process the
-# mounts go too. File 3 is the machine's lock; the container must not hold it.
-lower=$1 upper=$2 work=$3 root=$4 groups=$5
-shift 5
+# upper, work and root directory, the directory that it has as /run/flotilla,
+# control groups (empty: a unit of systemd has made one), then the command that
+# runs the container. It stays as the father of the container, in a mount
+# namespace of its own: with the last process the mounts go too. File 3 is the
+# machine's lock; the container must not hold it.
+lower=$1 upper=$2 work=$3 root=$4 run=$5 groups=$6
+shift 6
 if [ -z "$groups" ]; then
 	own=$(sed -n 's/^0:://p' /proc/self/cgroup)
 	for base in /sys/fs/cgroup /sys/fs/cgroup/unified; do
@@ -19,6 +20,8 @@ mount -t overlay overlay -o "lowerdir=$lower,upperdir=$upper,workdir=$work" "$ro
 # What a killed predecessor left is gone by now: from here on the lock is of no use.
 exec 3>&-
 while :; do
+	# Nothing below /run outlives a boot, this directory of the host's included.
+	find "$run" -mindepth 1 -delete
 	status=0
 	(
 		for g in $groups; do

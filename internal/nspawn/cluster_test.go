@@ -116,6 +116,7 @@ func TestPower(t *testing.T) {
 		}},
 	}
 	for _, s := range steps {
+		nspawntest.On(t, c, "n1", "touch /run/flotilla/left")
 		if err := s.do(); err != nil {
 			t.Fatalf("%s: %v", s.what, err)
 		}
@@ -130,6 +131,9 @@ func TestPower(t *testing.T) {
 			if time.Now().After(limit) {
 				t.Fatalf("%s: no new boot: %s, %v", s.what, out, err)
 			}
+		}
+		if got := nspawntest.On(t, c, "n1", "ls /run/flotilla"); got != "" {
+			t.Errorf("%s: /run/flotilla has %s", s.what, got)
 		}
 	}
 

@@ -102,7 +102,7 @@ func (c *Cluster) bootCommand(m machine) (name string, args, env []string) {
 		groups = strings.Join(c.groups(m.Name), " ")
 	}
 	args = append(args, "unshare", "--mount", "--propagation", "slave", "--", "/bin/sh", "-euc", bootScript, "boot",
-		m.Image, filepath.Join(m.dir, "upper"), filepath.Join(m.dir, "work"), root, groups,
+		m.Image, filepath.Join(m.dir, "upper"), filepath.Join(m.dir, "work"), root, c.runDir(m.Name), groups,
 		"systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--network-namespace-path="+filepath.Join(namespaces, c.namespace(m.Name)),
 		"--machine="+c.name+"."+m.Name, "--hostname="+m.Name, "--directory="+root, "--console=read-only",
 		"--capability=CAP_NET_ADMIN", "--link-journal=no", "--resolv-conf=off", "--timezone=off",
