@@ -119,8 +119,24 @@ func (c *cli) machinesCommand() *cobra.Command {
 		c.settingsCommand("cordon", "Place nothing new on a machine; what is there stays", fleetapi.SettingsChange{Cordon: new(true)}, "is cordoned: nothing new is placed there"),
 		c.settingsCommand("uncordon", "Use a machine again: neither cordoned nor draining", fleetapi.SettingsChange{Cordon: new(false), Drain: new(false), Reason: new("")}, "is in use again"),
 		c.settingsCommand("drain", "Move all units away from a machine; global units stay", fleetapi.SettingsChange{Cordon: new(true), Drain: new(true)}, "is draining: its units move away"),
-		c.metadataCommand())
+		c.leaveCommand(), c.metadataCommand())
 	return c.clientFlags(cmd)
+}
+
+func (c *cli) leaveCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "leave", Short: "Stop all units of the machine whose node answers, and take it out of the cluster", Args: between(0, 0, ""),
+		Long: `Stop all units of the machine whose node answers, global ones too, and take it out
+of the cluster. The others start elsewhere. The machine comes back when its node is
+started again. To move units away while the others stay, drain it.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/leave", nil, nil, nil); err != nil {
+				return err
+			}
+			say(cmd.OutOrStdout(), "the machine has left the cluster; it comes back when its node is started again\n")
+			return nil
+		},
+	}
 }
 
 const machineHelp = "MACHINE is an ID or its beginning, the name of a node, or an address."

@@ -39,8 +39,11 @@ type Config struct {
 	Self       func() string // ID of this machine; nil: none
 	Version    string        // of this program
 	TokenLimit int           // items on one page of fleet's lists, up to 65535; 0: DefaultTokenLimit
-	Metrics    http.Handler  // GET /metrics of fleet's API; nil: there is nothing
-	Log        *slog.Logger  // required
+	// Leave stops all units of this machine and takes it out of the cluster; nil:
+	// it runs none.
+	Leave   func(ctx context.Context) error
+	Metrics http.Handler // GET /metrics of fleet's API; nil: there is nothing
+	Log     *slog.Logger // required
 }
 
 // Handler answers the requests. Make it with New.

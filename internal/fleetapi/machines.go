@@ -142,3 +142,15 @@ func (h *Handler) postFailover(r *http.Request) (any, error) {
 	}
 	return nil, fmt.Errorf("allow the failover: %w", err)
 }
+
+// postLeave takes this machine out of the cluster. It answers when its units
+// have stopped.
+func (h *Handler) postLeave(r *http.Request) (any, error) {
+	if h.Leave == nil {
+		return nil, fail(http.StatusConflict, "", "the node that answers runs no units: it has nothing to leave with")
+	}
+	if err := h.Leave(r.Context()); err != nil {
+		return nil, err
+	}
+	return struct{}{}, nil
+}

@@ -44,6 +44,7 @@ func (h *Handler) NativeRoutes(mux *http.ServeMux) {
 	handle("GET /v1/machines", maxRequest, h.getMachines)
 	handle("POST /v1/machines/{id}/settings", maxRequest, h.postSettings)
 	handle("POST /v1/failover", maxRequest, h.postFailover)
+	handle("POST /v1/leave", maxRequest, h.postLeave)
 }
 
 func writeJSON(w http.ResponseWriter, status int, body any) {

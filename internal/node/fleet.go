@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -40,23 +41,25 @@ type fleet struct {
 	handler *fleetapi.Handler
 	logs    *logs.Server
 	agent   atomic.Pointer[agent.Agent] // the present one; nil before the first and where none is run
+	left    chan struct{}               // closed when the machine has left for good
+	leaving sync.Mutex                  // guards the closing of left
 }
 
 func (n *node) openFleet() (err error) {
 	f := &n.fleet
-	f.keys = registry.Keys{Prefix: n.cfg.KeyPrefix}
+	f.keys, f.left = registry.Keys{Prefix: n.cfg.KeyPrefix}, make(chan struct{})
 	if f.machine, err = n.cfg.Machine(n.version); err != nil && n.cfg.RunsUnits() {
 		return err
 	}
-	registered := func() bool { return true }
+	registered, leave := func() bool { return true }, (func(context.Context) error)(nil)
 	if n.cfg.RunsUnits() {
-		f.systemd = systemd.New(n.log)
-		registered = func() bool { a := f.agent.Load(); return a != nil && a.Registered() }
+		f.systemd, leave = systemd.New(n.log), f.leave
+		registered = func() bool { a := f.agent.Load(); return a != nil && (a.Registered() || f.gone()) }
 	}
 	f.engine = engine.New(engine.Config{Store: n.client, Keys: f.keys, Name: n.cfg.Name, Log: n.log})
 	f.handler = fleetapi.New(fleetapi.Config{
 		Store: n.client, Keys: f.keys, Registered: registered, Self: func() string { return f.machine.ID },
-		Version: n.version, TokenLimit: n.cfg.TokenLimit, Metrics: f.collector().Handler(), Log: n.log,
+		Version: n.version, TokenLimit: n.cfg.TokenLimit, Metrics: f.collector().Handler(), Leave: leave, Log: n.log,
 	})
 	f.logs = logs.New(logs.Config{
 		Store: n.client, Keys: f.keys, Self: func() string { return f.machine.ID }, Own: f.own,
@@ -100,6 +103,33 @@ func (n *node) fleetParts() []part {
 	return parts
 }
 
+// leave stops all units of this machine and takes it out of the cluster until
+// the node is started again.
+func (f *fleet) leave(ctx context.Context) error {
+	a := f.agent.Load()
+	if a == nil {
+		return errors.New("the node has just started and runs no units yet")
+	}
+	if err := a.Leave(ctx); err != nil {
+		return err
+	}
+	f.leaving.Lock()
+	defer f.leaving.Unlock()
+	if !f.gone() {
+		close(f.left)
+	}
+	return nil
+}
+
+func (f *fleet) gone() bool {
+	select {
+	case <-f.left:
+		return true
+	default:
+		return false
+	}
+}
+
 // runUnits runs the agent until ctx ends. The machine's keys linger when the
 // node is stopped, so that a restart or an upgrade moves nothing.
 func (n *node) runUnits(ctx context.Context) error {
@@ -123,7 +153,24 @@ func (n *node) runAgent(ctx context.Context) error {
 	pctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	go func() { ended <- presence.Run(pctx) }()
-	err := a.Run(ctx)
+	actx, end := context.WithCancel(ctx)
+	defer end()
+	go func() {
+		select {
+		case <-n.fleet.left:
+			end()
+		case <-actx.Done():
+		}
+	}()
+	err := a.Run(actx)
+	if n.fleet.gone() && ctx.Err() == nil {
+		n.log.Info("this machine has left the cluster; it comes back when the node is started again", "machine", n.fleet.machine.ID)
+		presence.Linger(false)
+		stop()
+		err = errors.Join(err, <-ended)
+		<-ctx.Done()
+		return err
+	}
 	if ctx.Err() != nil && n.cfg.OnStop == "drain" && !errors.Is(context.Cause(ctx), ErrReload) {
 		leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveLimit)
 		if left := a.Leave(leave); left != nil {

@@ -206,3 +206,26 @@ func TestTemplateMetadata(t *testing.T) {
 		t.Errorf("no reason is given:\n%s%s", r.out, r.err)
 	}
 }
+
+// TestLeave: a machine that leaves stops what it has, and comes back when its
+// node is started again.
+func TestLeave(t *testing.T) {
+	c := usual(t)
+	c.ok(t, "start", unit(t, "a.service"), unit(t, "b.service"), unit(t, "c.service"))
+	c.ok(t, "start", unit(t, "everywhere.service", "[X-Fleet]", "Global=true"))
+	leaves := c.node(t, c.waitActive(t, 6)["a.service"])
+	c.on(t, leaves.Name, "flotilla machines leave")
+	t.Cleanup(func() { c.on(t, leaves.Name, "systemctl restart flotilla-node") })
+	if out := c.on(t, leaves.Name, "systemctl list-units --no-legend a.service b.service c.service everywhere.service"); out != "" {
+		t.Errorf("units are left on the machine:\n%s", out)
+	}
+	where := c.waitActive(t, 5)
+	if slices.Contains(strings.Split(strings.Join(slices.Collect(maps.Values(where)), ","), ","), leaves.MachineID) {
+		t.Errorf("units run on the machine that left: %v", where)
+	}
+	if n := len(c.machines(t)); n != 2 {
+		t.Errorf("%d machines are left, want 2", n)
+	}
+	c.on(t, leaves.Name, "systemctl restart flotilla-node")
+	c.waitActive(t, 6)
+}
