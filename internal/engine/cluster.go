@@ -232,7 +232,7 @@ func (c *Cluster) join(u *unitState) {
 			if isNew {
 				for v := range p.names {
 					*matched(v) = append(*matched(v), p)
-					if v.isWaiting { // its signature is another one
+					if v.isWaiting {
 						c.touch(v)
 					}
 				}
@@ -482,8 +482,12 @@ func (g *group) least(n int) int {
 	return 0
 }
 
-// touch has the next Plan look at the unit.
-func (c *Cluster) touch(u *unitState) { c.dirty[u] = struct{}{} }
+// touch has the next Plan look at the unit. It does not wait any more: it may
+// have become another one than those that it waited with.
+func (c *Cluster) touch(u *unitState) {
+	c.unwait(u)
+	c.dirty[u] = struct{}{}
+}
 
 func (c *Cluster) touchAll(units map[*unitState]struct{}) {
 	for u := range units {

@@ -36,6 +36,7 @@ const (
 	noCPU
 	noCounter
 	rival
+	entangled
 )
 
 // refuse returns why the unit cannot be placed on the machine now. The rival,
@@ -50,8 +51,15 @@ func (c *Cluster) refuse(u *unitState, m *machine) refusal {
 	if x := u.excluded[m.id]; x != nil && x.active {
 		return refusal{backOff, x.reason}
 	}
-	if r := c.company(u, m, func(*unitState) bool { return true }); r.kind != fits {
+	if r := c.company(u, m, true); r.kind != fits {
 		return r
+	}
+	var circle *unitState
+	for _, p := range u.replace {
+		circle = first(circle, m.names[p], u, func(v *unitState) bool { return !mutual(u, v) && c.drives(v, u) })
+	}
+	if circle != nil {
+		return refusal{entangled, circle.name}
 	}
 	switch {
 	case u.req.Memory > 0 && m.memory+u.req.Memory > m.rec.Memory:
@@ -89,8 +97,10 @@ func (m *machine) closed(fresh bool) refusal {
 }
 
 // company returns who keeps the unit from the machine: a peer that is not
-// there, or somebody who is, if counts says that he counts.
-func (c *Cluster) company(u *unitState, m *machine, counts func(v *unitState) bool) refusal {
+// there, or somebody who is. Unless fresh the unit is there already, and only
+// those count who were there before, or who replace it and have come.
+func (c *Cluster) company(u *unitState, m *machine, fresh bool) refusal {
+	counts := func(v *unitState) bool { return fresh || v.going != m && senior(v, u) }
 	for _, name := range u.req.MachineOf {
 		if !c.isOn(name, m) {
 			return refusal{peer, name}
@@ -107,7 +117,7 @@ func (c *Cluster) company(u *unitState, m *machine, counts func(v *unitState) bo
 		return refusal{conflict, found.name}
 	}
 	for _, p := range u.replaced {
-		found = first(found, m.owners[p], u, func(v *unitState) bool { return !mutual(u, v) })
+		found = first(found, m.owners[p], u, func(v *unitState) bool { return (fresh || v.going != m) && !mutual(u, v) })
 	}
 	if found != nil {
 		return refusal{replaced, found.name}
@@ -163,6 +173,34 @@ func (c *Cluster) rival(u *unitState, counts func(v *unitState) bool) *unitState
 	return found
 }
 
+// drives reports whether u would have to leave if v had to, or if v came: then
+// nobody could stay for long if u replaced v. A unit that leaves takes those
+// along that have to be with it, and drives out who it replaces where it comes.
+func (c *Cluster) drives(v, u *unitState) bool {
+	seen := map[*unitState]bool{v: true}
+	for queue := []*unitState{v}; len(queue) > 0; queue = queue[1:] {
+		var next []*unitState
+		for w := range c.followers[queue[0].name] {
+			next = append(next, w)
+		}
+		for _, p := range queue[0].replace {
+			for w := range p.names {
+				next = append(next, w)
+			}
+		}
+		for _, w := range next {
+			if w == u {
+				return true
+			}
+			if !seen[w] && w.wanted() {
+				seen[w] = true
+				queue = append(queue, w)
+			}
+		}
+	}
+	return false
+}
+
 func siblings(u, v *unitState) bool {
 	a, _ := unit.SplitName(u.name)
 	b, _ := unit.SplitName(v.name)
@@ -178,11 +216,10 @@ func (c *Cluster) evict(u *unitState, m *machine) refusal {
 	if !u.class.has(m) {
 		return refusal{kind: mismatch}
 	}
-	before := func(v *unitState) bool { return senior(v, u) }
-	if r := c.company(u, m, before); r.kind != fits {
+	if r := c.company(u, m, false); r.kind != fits {
 		return r
 	}
-	if v := c.rival(u, before); v != nil {
+	if v := c.rival(u, func(v *unitState) bool { return senior(v, u) }); v != nil {
 		return refusal{rival, v.name}
 	}
 	if u.reserves() && c.overbooked(u, m) {
@@ -263,6 +300,8 @@ func (c *Cluster) say(r refusal, u *unitState, m *machine) string {
 		return r.other + " there replaces it"
 	case rival:
 		return "it and " + r.other + " replace each other, and " + r.other + " was placed first"
+	case entangled:
+		return "it replaces " + r.other + " there, which would make it leave in turn"
 	case notThere:
 		return "the machine is gone"
 	case opaque:
@@ -327,6 +366,8 @@ func (c *Cluster) tally(r refusal, u *unitState, m *machine) (one, many string) 
 		return both("conflicts", "conflict", "with "+r.other)
 	case replaced:
 		return both("has", "have", r.other+", which replaces it")
+	case entangled:
+		return both("has", "have", r.other+", which would make it leave if it were replaced")
 	case opaque:
 		return both("has", "have", "records that this version cannot read")
 	case noUnits:

@@ -160,6 +160,9 @@ func (m *model) mayBe(name, id string, fresh bool) string {
 		if pushes && !pushed {
 			return "replaced by " + other
 		}
+		if fresh && pushed && !pushes && m.drives(other, name, map[string]bool{}) {
+			return "entangled with " + other
+		}
 	}
 	if fresh {
 		memory, gpus = memory+req.Memory, gpus+req.Counters["gpu"]
@@ -170,11 +173,28 @@ func (m *model) mayBe(name, id string, fresh bool) string {
 	for other := range m.placements {
 		_, a := m.req[other].Replacing(name)
 		_, b := req.Replacing(other)
-		if a && b && other != name && m.wanted(other) && !(strings.HasPrefix(name, "web@") && strings.HasPrefix(other, "web@")) {
+		first := fresh || cmp.Or(cmp.Compare(m.epoch(other), m.epoch(name)), strings.Compare(other, name)) < 0
+		if a && b && other != name && first && m.wanted(other) && !(strings.HasPrefix(name, "web@") && strings.HasPrefix(other, "web@")) {
 			return "rival " + other
 		}
 	}
 	return ""
+}
+
+// drives reports whether the second unit has to leave when the first one does,
+// or when it comes.
+func (m *model) drives(first, second string, seen map[string]bool) bool {
+	seen[first] = true
+	for name, req := range m.req {
+		_, replaced := m.req[first].Replacing(name)
+		if !replaced && !slices.Contains(req.MachineOf, first) {
+			continue
+		}
+		if name == second || !seen[name] && m.wanted(name) && m.drives(name, second, seen) {
+			return true
+		}
+	}
+	return false
 }
 
 // faults returns what is wrong when nothing is left to do.
@@ -373,7 +393,7 @@ func TestPlanConverges(t *testing.T) {
 
 // The same with more and longer histories than rapid draws.
 func TestPlanConvergesLong(t *testing.T) {
-	n := 60
+	n := 150
 	if testing.Short() {
 		n = 20
 	}
@@ -407,13 +427,12 @@ func converge(t fataler, r interface{ IntN(int) int }, events int) {
 		rounds := 0
 		for quiet := false; !quiet; rounds++ {
 			steps := w.plan()
-			// What is placed anew where it was is not older than global units any
-			// more; the plan for others knows that only in the next pass.
-			refreshed := map[string]bool{}
+			// Which global units run changes when others lose the place or the
+			// seniority they had: the plan sees that only in the next pass.
+			unsettled := slices.ContainsFunc(steps, func(s Step) bool { return s.Do == Refresh || s.Do == Forget })
 			for _, s := range steps {
 				log = append(log, "  "+s.String())
-				refreshed[s.Machine] = refreshed[s.Machine] || s.Do == Refresh
-				if why := w.model().cause(s); why != "" && !(s.Do == Place && refreshed[s.Machine]) {
+				if why := w.model().cause(s); why != "" && !(s.Do == Place && unsettled && strings.HasPrefix(why, "conflict")) {
 					fatalf("%s\n without cause: %s", s, why)
 				}
 				if err := w.apply(s); err != nil {

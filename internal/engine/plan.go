@@ -482,7 +482,13 @@ func (p *pass) moveEnd(u *unitState) string {
 // lost sees to a unit on a machine that is gone.
 func (p *pass) lost(u *unitState, m *machine) {
 	if u.req.Exclusive && (p.solo.Machine == m.id || p.solo.Machine == anyMachine) {
-		return // it may still run there
+		why := fmt.Sprintf("machine %s is gone and was the only one: the unit may still run there, and there is to be one at most", m.id)
+		if reason := u.idle(); reason != "" {
+			p.tidy(u, reason)
+		} else if u.unplaced != why || u.moveMod != 0 {
+			p.emit(u, Step{Do: Explain, EndMove: u.moveMod != 0, Reason: why})
+		}
+		return
 	}
 	reason := u.idle()
 	if reason == "" && u.req.Global && u.bad == "" {

@@ -172,6 +172,9 @@ func (c *Cluster) setUnit(u *unitState, kv store.KV, deleted bool) error {
 	c.require(u, kv.Key)
 	if u.wanted() != was {
 		c.touchFar(u)
+		if len(u.req.MachineOf) > 0 {
+			c.touchAll(c.replacers)
+		}
 		if u.at != nil {
 			c.touchNear(u.at, u)
 		}
@@ -227,8 +230,8 @@ func (c *Cluster) require(u *unitState, key string) {
 
 // resort gives the unit other requirements.
 func (c *Cluster) resort(u *unitState, text string, req *unit.Requirements) {
-	wasGlobal := c.isGlobal(u)
-	if wasGlobal {
+	c.touch(u)
+	if c.isGlobal(u) {
 		c.withdraw()
 	}
 	at := u.at
@@ -239,9 +242,14 @@ func (c *Cluster) resort(u *unitState, text string, req *unit.Requirements) {
 	} else {
 		c.touchFar(u)
 	}
+	entangles := func() bool { return len(u.replace)+len(u.req.MachineOf) > 0 }
+	had := entangles()
 	c.part(u)
 	u.text, u.req = text, req
 	c.join(u)
+	if had || entangles() { // see drives
+		c.touchAll(c.replacers)
+	}
 	if at != nil {
 		u.at = at
 		c.add(at, u)
