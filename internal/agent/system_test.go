@@ -240,7 +240,7 @@ func TestSystemFrozenAgent(t *testing.T) {
 	r.place("n.service", sleeper(), registry.Launched)
 	r.waitActive("e.service")
 	r.waitActive("n.service")
-	was := detail(t, conn, "n.service").Invocation
+	was, copy1 := detail(t, conn, "n.service").Invocation, detail(t, conn, "e.service").Invocation
 	if cgroup := detail(t, conn, "e.service").Cgroup; !strings.Contains(cgroup, systemd.FenceSlice) {
 		t.Errorf("it is in %s", cgroup)
 	}
@@ -263,8 +263,14 @@ func TestSystemFrozenAgent(t *testing.T) {
 	}
 	r.place("e.service", sleeper("Restart=always", "RestartSec=10ms", "KillMode=process", exclusive), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
 	r.place("n.service", sleeper(), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
-	r.waitActive("e.service")
+	// Not by the state alone: the thawed agent first writes the one from before.
+	r.waitState("e.service", "to run again", func(s registry.State) bool {
+		return s.Epoch == 8 && s.Launched && s.Active == "active" && detail(t, conn, "e.service").Active == "active"
+	})
 	r.waitState("n.service", "to be refreshed", func(s registry.State) bool { return s.Epoch == 8 && s.Active == "active" })
+	if detail(t, conn, "e.service").Invocation == copy1 {
+		t.Error("it is the copy that should have been killed")
+	}
 	if detail(t, conn, "n.service").Invocation != was {
 		t.Error("a unit that is not exclusive was touched")
 	}
