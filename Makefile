@@ -4,8 +4,8 @@ FUZZTIME ?= 20s
 
 .PHONY: build test race lint fuzz system cluster bench demo check deps haproxies
 
-build: ## bin/flotilla
-	go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
+build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
+	CGO_ENABLED=0 go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
 
 test: haproxies lint ## everything that continuous integration runs
 	go test -timeout 30m ./...
@@ -40,7 +40,7 @@ bench: deps build ## every claim of bench/, 40 minutes on two cores; BENCH=-quic
 	@set -e; for claim in propagation size throughput churn; do go run ./bench/$$claim $(BENCH); done
 	$(if $(BENCH),ROUNDS=1 SECONDS_EACH=1) bench/dns/run.sh
 
-demo: ## three nodes on this machine; DEMO=once tells the story and exits
+demo: ## three nodes on this machine; DEMO=once tells the story and exits; DEMO_CLUSTER=nspawn|loopback
 	@scripts/install-deps.sh demo
 	@$(MAKE) --no-print-directory build
 	@go build -o bin/demo ./demo

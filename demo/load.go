@@ -173,6 +173,7 @@ func (p *phase) reasons() []string {
 // nothing.
 type load struct {
 	nodes  []*node
+	kinds  []kind
 	next   atomic.Uint64
 	phase  atomic.Pointer[phase]
 	phases []*phase
@@ -213,12 +214,12 @@ var kinds = []kind{
 }
 
 // perSecond is about how many requests the clients send.
-func perSecond() int { return len(kinds) * clientsPerKind * int(time.Second/pause) }
+func (l *load) perSecond() int { return len(l.kinds) * clientsPerKind * int(time.Second/pause) }
 
 // run keeps the load up until ctx ends.
 func (l *load) run(ctx context.Context) {
 	var clients sync.WaitGroup
-	for _, k := range kinds {
+	for _, k := range l.kinds {
 		for range clientsPerKind {
 			clients.Go(func() { l.client(ctx, k) })
 		}
@@ -367,7 +368,7 @@ func (c *conn) exchange(k kind, port int, request string) (err error) {
 		return err
 	case resp.StatusCode != http.StatusOK:
 		return fmt.Errorf("%w: status %d", errAnswer, resp.StatusCode)
-	case !strings.HasPrefix(c.answer, "web-"):
+	case !strings.HasPrefix(c.answer, "web"):
 		return fmt.Errorf("%w: %.60q", errAnswer, c.answer)
 	}
 	return nil

@@ -1,5 +1,7 @@
-// Package main is `make demo`: a cluster of three nodes on this machine, two
-// services, a steady load, and what happens to it when parts are killed.
+// Package main is `make demo`: a cluster of three nodes on this machine, services,
+// a steady load, and what happens to it when parts are killed. As root, with
+// systemd-nspawn, the nodes are machines of their own that run units; otherwise
+// they are processes on loopback addresses.
 //
 // It knows what a user knows: the command line, the keys, the API and the usual
 // tools. It must not know how a node does what it does.
@@ -27,7 +29,7 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	if err := run(ctx, *binary, os.Getenv("DEMO") == "once"); err != nil {
+	if err := run(ctx, *binary, os.Getenv("DEMO_CLUSTER"), os.Getenv("DEMO") == "once"); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -36,9 +38,10 @@ func main() {
 // errLost is the end of a story in which requests got lost.
 var errLost = errors.New("requests were lost")
 
-// run tells the story, then waits for ctx to end unless once is set, and leaves
+// run tells the story of a kind, or of the best that this machine can tell if
+// none is given. It then waits for ctx to end unless once is set, and leaves
 // nothing behind either way.
-func run(ctx context.Context, binary string, once bool) (err error) {
+func run(ctx context.Context, binary, kind string, once bool) error {
 	if _, err := os.Stat(binary); err != nil {
 		return fmt.Errorf("%w: run make build first", err)
 	}
@@ -47,6 +50,30 @@ func run(ctx context.Context, binary string, once bool) (err error) {
 		return err
 	}
 	t := newTeller(os.Stdout)
+	switch kind {
+	case "nspawn":
+		return runMachines(ctx, t, binary, once)
+	case "loopback":
+		return runProcesses(ctx, t, binary, once)
+	case "":
+	default:
+		return fmt.Errorf("DEMO_CLUSTER=%s is neither nspawn nor loopback", kind)
+	}
+	if why := cannot(ctx, binary); why != "" {
+		t.say("No machines of their own for the nodes, and so no units: %s.", why)
+		return runProcesses(ctx, t, binary, once)
+	}
+	err := runMachines(ctx, t, binary, once)
+	if errors.Is(err, errNoMachines) && ctx.Err() == nil {
+		t.say("%s", err)
+		t.say("The same story without machines of their own, and so without units:")
+		return runProcesses(ctx, t, binary, once)
+	}
+	return err
+}
+
+// runProcesses tells the story on loopback addresses.
+func runProcesses(ctx context.Context, t *teller, binary string, once bool) (err error) {
 	place, err := claim(t)
 	if err != nil {
 		return err
@@ -56,21 +83,11 @@ func run(ctx context.Context, binary string, once bool) (err error) {
 		t.say("Stopping everything and removing %s.", place.dir)
 		err = errors.Join(err, cleanUp(place), place.lock.Close())
 	}()
-	s := &story{teller: t, place: place, binary: binary}
-	switch err := s.tell(ctx); {
-	case ctx.Err() != nil:
-		return errors.New("stopped before the end of the story")
-	case err != nil:
+	s := &story{scene: scene{teller: t, binary: binary}, place: place}
+	if err := s.tell(ctx); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("%w\nthe logs end:\n%s", err, logTails(place.dir))
 	}
-	if !once {
-		s.tryNext()
-		<-ctx.Done()
-	}
-	if s.load.lost() > 0 {
-		return errLost
-	}
-	return nil
+	return s.end(ctx, once, s.tryNext)
 }
 
 // place is where one demo runs: addresses and a directory that no other has.

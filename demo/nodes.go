@@ -97,7 +97,7 @@ type node struct {
 	name, addr, dir string // dir: of the whole demo
 	ports           ports
 	argv            []string
-	process         *process
+	process         *process // nil where systemd runs it
 	balance         balance
 }
 

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/term"
@@ -70,6 +73,32 @@ func (t *teller) run(ctx context.Context, line string) (string, error) {
 		return out, fmt.Errorf("%s: %w", line, err)
 	}
 	return out, nil
+}
+
+// stream shows a shell command, runs it and shows what it writes as it comes.
+func (t *teller) stream(ctx context.Context, line string) error {
+	t.command(line)
+	read, write, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "sh", "-c", "exec "+line)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demo, which ends it
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 10 * time.Second
+	cmd.Stdout, cmd.Stderr = write, write
+	if err := cmd.Start(); err != nil {
+		return errors.Join(err, read.Close(), write.Close())
+	}
+	_ = write.Close() // the command has its own
+	for lines := bufio.NewScanner(read); lines.Scan(); {
+		t.say("    %s", lines.Text())
+	}
+	err = errors.Join(cmd.Wait(), read.Close())
+	if err != nil {
+		return fmt.Errorf("%s: %w", line, err)
+	}
+	return nil
 }
 
 // took says a duration the way people do.

@@ -14,6 +14,14 @@ curl      curl             HTTP through the router
 nc.openbsd netcat-openbsd  TCP through the router
 dig       bind9-dnsutils   DNS questions
 '
+machines='
+systemd-nspawn systemd-container machines of their own for the nodes
+mmdebstrap mmdebstrap     their root file system
+/usr/share/keyrings/debian-archive-keyring.gpg debian-archive-keyring signatures of their packages
+ip        iproute2         their network
+nft       nftables         their way to other networks
+ssh       openssh-client   shells on them
+'
 test='
 gcc       gcc              the race detector
 /usr/include/stdio.h libc6-dev the race detector
@@ -34,8 +42,12 @@ say() { echo "install-deps: $*" >&2; }
 die() { say "$*"; exit 1; }
 
 case ${1:-} in
-demo) needs=$demo ;;
-test) needs=$demo$test ;;
+demo)
+	needs=$demo
+	# Only root can make machines; others see the cluster on loopback addresses.
+	if [ "$(id -u)" = 0 ] && [ "${DEMO_CLUSTER:-}" != loopback ]; then needs+=$machines; fi
+	;;
+test) needs=$demo$machines$test ;;
 *) die "usage: $0 demo|test" ;;
 esac
 
