@@ -2,10 +2,15 @@
 
 // Package units_test tests units on whole clusters: machines of their own with
 // real systemd, made and driven by the command line as an operator would.
+//
+// With FLOTILLA_TEST_CLUSTERS=x the clusters are called xusual and so on, are
+// used if they are there, and stay: the next run is sooner at work. Their nodes
+// go on with the program that they were made with.
 package units_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -40,6 +45,9 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer func() {
+		if os.Getenv(keepVariable) != "" {
+			return
+		}
 		for _, c := range made {
 			if out, err := exec.Command(binary, "cluster", "down", "--keep=false", c.name).CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "remove cluster %s: %v\n%s", c.name, err, out)
@@ -49,10 +57,15 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
+// keepVariable names the clusters that outlive the tests; see the package.
+const keepVariable = "FLOTILLA_TEST_CLUSTERS"
+
 // cluster is one cluster that tests run on, one after the other.
 type cluster struct {
-	name  string
-	nodes []node
+	name    string
+	nodes   []node
+	fleetd  bool // its nodes run fleetd, see daemons
+	settled bool // they surely do not
 }
 
 // node is a machine of a cluster, as `flotilla cluster status -o json` has it.
@@ -69,16 +82,28 @@ var made = map[string]*cluster{}
 
 // usual is the cluster of most tests: three nodes whose death is noticed soon.
 func usual(t *testing.T) *cluster {
-	return clusterOf(t, "usual", "--nodes", "3", "--set", "machine-ttl=4")
+	t.Helper()
+	c := clusterMade(t, "usual", "--nodes", "3", "--set", "machine-ttl=4")
+	c.leaveFleetd(t)
+	c.ready(t)
+	return c
 }
 
 // clusterOf returns the cluster of that name without any units, made with these
 // arguments when a test first asks for it.
 func clusterOf(t *testing.T, name string, args ...string) *cluster {
 	t.Helper()
+	c := clusterMade(t, name, args...)
+	c.ready(t)
+	return c
+}
+
+// clusterMade is the cluster of that name as the last test has left it.
+func clusterMade(t *testing.T, name string, args ...string) *cluster {
+	t.Helper()
 	c := made[name]
 	if c == nil {
-		c = &cluster{name: fmt.Sprintf("t%d%s", os.Getpid()%1000, name)}
+		c = &cluster{name: cmp.Or(os.Getenv(keepVariable), fmt.Sprintf("t%d", os.Getpid()%1000)) + name}
 		made[name] = c
 		out, err := exec.Command(binary, append([]string{"cluster", "up", c.name, "--timeout", "5m"}, args...)...).CombinedOutput()
 		if err != nil {
@@ -87,14 +112,21 @@ func clusterOf(t *testing.T, name string, args ...string) *cluster {
 		t.Logf("%s", out)
 	}
 	c.refresh(t)
+	return c
+}
+
+// ready waits until all machines are there and nothing is on them, and makes it
+// so again after the test.
+func (c *cluster) ready(t *testing.T) {
+	t.Helper()
+	c.waitFor(t, "all machines", func() bool { return len(c.machines(t)) == len(c.nodes) })
+	c.clean(t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			c.tell(t)
 		}
 		c.clean(t)
 	})
-	c.waitFor(t, "all machines", func() bool { return len(c.machines(t)) == len(c.nodes) })
-	return c
 }
 
 // refresh reads which nodes there are.
@@ -129,7 +161,7 @@ func (c *cluster) tell(t *testing.T) {
 	t.Logf("unit files:\n%s", c.run("", "list-unit-files", "--full").out)
 	for _, n := range c.nodes {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		out, err := c.command(ctx, "cluster", "shell", "--cluster", c.name, n.Name, "journalctl", "-u", "flotilla-node", "--no-pager", "-o", "cat", "-n", "60").CombinedOutput()
+		out, err := c.command(ctx, "cluster", "shell", "--cluster", c.name, n.Name, "journalctl", "-u", "flotilla-node", "-u", "fleet", "--no-pager", "-o", "cat", "-n", "60").CombinedOutput()
 		cancel()
 		t.Logf("journal of %s (%v):\n%s", n.Name, err, out)
 	}
@@ -307,4 +339,17 @@ func (c *cluster) each(do func(n node)) {
 		all.Go(func() { do(n) })
 	}
 	all.Wait()
+}
+
+// everywhere runs a shell command on each node, which has to succeed.
+func (c *cluster) everywhere(t *testing.T, command func(n node) string) {
+	t.Helper()
+	c.each(func(n node) {
+		if r := c.run("", "cluster", "shell", "--cluster", c.name, n.Name, command(n)); r.code != 0 {
+			t.Errorf("on %s: exit code %d\n%s%s", n.Name, r.code, r.out, r.err)
+		}
+	})
+	if t.Failed() {
+		t.FailNow()
+	}
 }

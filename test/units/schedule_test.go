@@ -160,8 +160,11 @@ func TestGlobal(t *testing.T) {
 	if got := strings.Split(where["everywhere.service"], ","); len(got) != 3 {
 		t.Errorf("the global unit is on %v", got)
 	}
+	if r := c.fleetctl("status", "--no-block", "everywhere.service"); r.code != 0 {
+		t.Errorf("status of a global unit: exit code %d\n%s%s", r.code, r.out, r.err)
+	}
 	c.ok(t, "status", "everywhere.service")
-	c.ok(t, "restart", "everywhere.service")
+	c.fleet(t, "restart", "everywhere.service")
 	c.waitActive(t, 5)
 }
 
