@@ -153,6 +153,12 @@ func (n *node) runAgent(ctx context.Context) error {
 	pctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	go func() { ended <- presence.Run(pctx) }()
+	if n.cfg.UnitsOnly {
+		var telling sync.WaitGroup
+		telling.Go(func() { n.tellSilence(pctx, presence, ttl) })
+		defer telling.Wait()
+	}
+	defer stop()
 	actx, end := context.WithCancel(ctx)
 	defer end()
 	go func() {
@@ -182,6 +188,27 @@ func (n *node) runAgent(ctx context.Context) error {
 	}
 	stop()
 	return errors.Join(err, <-ended)
+}
+
+// tellSilence logs, in the words that fleetd had and scripts look for, that the
+// store has not confirmed this machine for so long that others take it for dead.
+func (n *node) tellSilence(ctx context.Context, p *store.Presence, ttl time.Duration) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	known := false
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		t0 := p.Confirmed()
+		alive := !t0.IsZero() && time.Since(t0) < ttl
+		if known && !alive {
+			n.log.Warn("Server monitor triggered: Monitor timed out before successful heartbeat")
+		}
+		known = alive
+	}
 }
 
 // serveLogs serves what other nodes ask of this one.

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // fleet runs fleetctl, which has to succeed without a complaint, and returns what
@@ -61,7 +62,9 @@ func (c *cluster) ask(t *testing.T, method, path, body string) answer {
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(c.nodes[0].Run, "node.sock"))
 		}}}
-	req, err := http.NewRequestWithContext(t.Context(), method, "http://node/fleet/v1"+path, strings.NewReader(body))
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // it is asked after tests too
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, "http://node/fleet/v1"+path, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
