@@ -15,7 +15,7 @@ system: deps ## tests with a real systemd, in containers; needs root
 	go test -tags system -timeout 30m ./internal/systemd ./internal/agent
 
 cluster: deps ## tests on whole clusters of such containers; needs root
-	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./cmd/flotilla ./test/units -run "$(or $(RUN),.)"
+	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./cmd/flotilla ./demo ./test/units -run "$(or $(RUN),.)"
 
 race: haproxies ## the tests under the race detector
 	go test -race -timeout 60m ./...
