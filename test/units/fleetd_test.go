@@ -62,17 +62,20 @@ func daemons(t *testing.T) *cluster {
 	return c
 }
 
-// leaveFleetd makes the nodes of the cluster nodes again.
+// leaveFleetd makes a node of flotilla of one that may run fleetd.
+const leaveFleetd = `if [ -e /etc/systemd/system/fleet.service ]; then
+	systemctl stop fleet.socket fleet.service
+	rm /etc/systemd/system/fleet.*
+	systemctl daemon-reload
+	systemctl start flotilla-node.service
+fi`
+
 func (c *cluster) leaveFleetd(t *testing.T) {
 	t.Helper()
-	if c.settled {
-		return
+	if !c.settled {
+		c.everywhere(t, func(node) string { return leaveFleetd })
+		c.fleetd, c.settled = false, true
 	}
-	c.everywhere(t, func(n node) string {
-		return "if [ -e /etc/systemd/system/fleet.service ]; then systemctl stop fleet.socket fleet.service;" +
-			"rm /etc/systemd/system/fleet.*; systemctl daemon-reload; systemctl start flotilla-node.service; fi"
-	})
-	c.fleetd, c.settled = false, true
 }
 
 // fleetState returns ActiveState and Result of a node's fleet.service.
@@ -201,6 +204,9 @@ func TestFleetdStopWithoutStore(t *testing.T) {
 	c.waitFor(t, "it to say that etcd is away", func() bool {
 		r := c.run("", "cluster", "shell", "--cluster", c.name, n.Name, "timeout 10 fleetctl list-machines")
 		return strings.Contains(r.err, "fleet server unable to communicate with etcd")
+	})
+	c.waitFor(t, "its journal to say so", func() bool {
+		return strings.Contains(c.on(t, n.Name, "journalctl --no-pager -b -u fleet -o cat"), "Server monitor triggered: Monitor timed out before successful heartbeat")
 	})
 	c.within(t, 2*time.Minute, "fleet.service to stop", func() bool {
 		c.on(t, n.Name, "systemctl stop fleet.socket fleet.service")

@@ -39,16 +39,20 @@ func testMain(m *testing.M) int {
 	defer func() { _ = os.RemoveAll(dir) }()
 	binary, fleetctl = filepath.Join(dir, "flotilla"), filepath.Join(dir, "fleetctl")
 	build := exec.Command("go", "build", "-o", binary, "flotilla/cmd/flotilla")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // it runs on Debian of other years too
 	build.Stderr = os.Stderr
 	if err := errors.Join(build.Run(), os.Symlink("flotilla", fleetctl)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer func() {
-		if os.Getenv(keepVariable) != "" {
-			return
-		}
 		for _, c := range made {
+			if os.Getenv(keepVariable) != "" {
+				if c.fleetd {
+					c.each(func(n node) { _ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, leaveFleetd) })
+				}
+				continue
+			}
 			if out, err := exec.Command(binary, "cluster", "down", "--keep=false", c.name).CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "remove cluster %s: %v\n%s", c.name, err, out)
 			}

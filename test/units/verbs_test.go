@@ -162,8 +162,10 @@ func TestMachinesPatch(t *testing.T) {
 	a, b := c.nodes[0].MachineID, c.nodes[1].MachineID
 	remove := fmt.Sprintf(`[{"op":"remove","path":"/%s/metadata/foo"},{"op":"remove","path":"/%s/metadata/boo"}]`, a, b)
 	t.Cleanup(func() { c.ask(t, "PATCH", "/machines", remove) })
+	c.ask(t, "PATCH", "/machines", remove).wants(t, 204)
+	c.waitFor(t, "it to be away", func() bool { m := c.metadata(t); return m[a]["foo"] == "" && m[b]["boo"] == "" })
 	before := c.metadata(t)
-	c.ask(t, "PATCH", "/machines", remove).wants(t, 204) // none of them is there
+	c.ask(t, "PATCH", "/machines", remove).wants(t, 204) // it is not there
 	if now := c.metadata(t); !maps.EqualFunc(now, before, maps.Equal[map[string]string, map[string]string]) {
 		t.Errorf("removing what is not there made %v of %v", now, before)
 	}
