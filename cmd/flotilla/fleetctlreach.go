@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/spf13/pflag"
 
@@ -64,16 +65,25 @@ func (c *cli) fleetEndpoint() error {
 	return nil
 }
 
-// presentSocket returns the node's own socket where fleet's is asked for and is
-// not there.
+// presentSocket returns the node's own socket where fleet's is asked for and
+// nobody serves it: it may lie there long after fleet was stopped.
 func presentSocket(path string) string {
-	if _, err := os.Stat(path); path != fleetSocket || err == nil {
+	if path != fleetSocket || !unserved(path) {
 		return path
 	}
 	if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
 		return s
 	}
 	return node.DefaultSocket()
+}
+
+// unserved reports whether a socket is not there, or is and nobody listens.
+func unserved(path string) bool {
+	conn, err := net.Dial("unix", path)
+	if err == nil {
+		_ = conn.Close() // nothing was said
+	}
+	return errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // dialer returns what connects to an endpoint.
