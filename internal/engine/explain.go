@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Verdict is what one machine is to one unit.
@@ -52,7 +53,10 @@ func (c *Cluster) Explain(name string) []Verdict {
 		case u.at == m:
 			v.Verdict.Verdict, v.rank = Here, 0
 			v.Reason = u.placement.Reason
-			if r := c.evict(u, m); r.kind != fits {
+			if c.holds(m) {
+				v.Reason += "; the machine is gone, and others with it: the unit waits for it until " +
+					time.Unix(c.failover.Until, 0).UTC().Format(time.DateTime) + " UTC, or until somebody allows the failover"
+			} else if r := c.evict(u, m); r.kind != fits {
 				v.Reason += "; it is to leave: " + c.say(r, u, m)
 			} else if e := u.entryOf(m.id); e != nil && e.Release != "" {
 				v.Reason += "; it is to leave: " + e.Release
@@ -91,6 +95,11 @@ func (c *Cluster) Explain(name string) []Verdict {
 		verdicts[i] = v.Verdict
 	}
 	return verdicts
+}
+
+// holds reports whether units of the machine wait because of the brake.
+func (c *Cluster) holds(m *machine) bool {
+	return !m.present && !c.failover.Allowed && slices.Contains(c.failover.Held, m.id)
 }
 
 // Summary says in one line why no machine takes the unit: "3 machines: 2
