@@ -359,7 +359,7 @@ func (s *machines) tryNext() {
 		{"what runs where", s.binary + " list-units"},
 		{"why it is there", s.binary + " explain web@2"},
 		{"what all of them say", s.binary + " journal -f 'web@*'"},
-		{"more of them", s.binary + " start 'web@{4..6}'"},
+		{"more of them", s.binary + " start '" + strings.TrimSuffix(template, ".service") + "{4..6}'"},
 		{"one elsewhere", s.binary + " move clock@2 n3"},
 		{"restart, stop, remove", s.binary + " restart web@1; " + s.binary + " stop web@1; " + s.binary + " destroy web@1"},
 		{"another power failure", s.binary + " cluster power n2 cut"},
