@@ -42,20 +42,25 @@ func faulty(t *testing.T) *cluster {
 // to succeed.
 func (c *cluster) inside(t *testing.T, n node, command string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute) // clean-up needs it as well
 	defer cancel()
 	cl, err := nspawn.Default(slog.New(slog.DiscardHandler)).Cluster(c.name)
 	if err != nil {
 		t.Fatal(err)
 	}
 	login := cl.SSH(ctx, n.Name, command)
-	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", "flotilla-" + c.name + "." + n.Name}, login.Args...)...)
-	cmd.Stderr = t.Output()
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("on %s: %s: %v", n.Name, command, err)
+	for {
+		cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", "flotilla-" + c.name + "." + n.Name}, login.Args...)...)
+		out, err := cmd.Output()
+		switch {
+		case err == nil:
+			return string(out)
+		case cmd.ProcessState.ExitCode() == 255 && ctx.Err() == nil: // the node is booting
+			time.Sleep(100 * time.Millisecond)
+		default:
+			t.Fatalf("on %s: %s: %v", n.Name, command, err)
+		}
 	}
-	return string(out)
 }
 
 func (c *cluster) power(t *testing.T, n node, what string) {
@@ -316,9 +321,13 @@ func TestStoreLeaderLost(t *testing.T) {
 // are back with the store.
 func TestStoreAway(t *testing.T) {
 	c := faulty(t)
+	// A node that starts wants its store: a condition keeps that from starting.
+	const away = "/run/systemd/system/flotilla-store.service.d"
+	leave := "mkdir -p " + away + "; printf '[Unit]\\nConditionPathExists=/nowhere\\n' >" + away + "/away.conf; systemctl daemon-reload; systemctl stop flotilla-store"
+	back := "rm -rf " + away + "; systemctl daemon-reload; systemctl start flotilla-store"
 	t.Cleanup(func() {
 		for _, n := range c.nodes {
-			c.inside(t, n, "systemctl start flotilla-store")
+			c.inside(t, n, back)
 		}
 	})
 	var paths []string
@@ -331,7 +340,7 @@ func TestStoreAway(t *testing.T) {
 	before := c.running(t, "'still-*' clock.service", c.nodes...)
 
 	c.each(func(n node) {
-		_ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, "systemctl stop flotilla-store")
+		_ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, leave)
 	})
 	began := time.Now()
 	c.within(t, time.Minute, "the exclusive units to stop", func() bool {
@@ -343,12 +352,15 @@ func TestStoreAway(t *testing.T) {
 	}
 	c.within(t, 2*time.Minute, "a minute to pass", func() bool { return time.Since(began) > time.Minute })
 	c.untouched(t, "'still-*' clock.service", before, c.nodes...)
+	if runs := c.running(t, "flotilla-store.service 'only-*'", c.nodes...); len(runs) > 0 {
+		t.Errorf("these run while the store is away: %v", runs)
+	}
 	c.each(func(n node) {
-		_ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, "systemctl start flotilla-store")
+		_ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, back)
 	})
-	back := time.Now()
-	c.within(t, 2*time.Minute, "the exclusive units to run again", func() bool { return len(c.active(t)) == 10 })
-	t.Logf("exclusive units run again %.1f s after the store", time.Since(back).Seconds())
+	began = time.Now()
+	c.within(t, 2*time.Minute, "the exclusive units to run again", func() bool { return len(c.running(t, "'only-*'", c.nodes...)) == 2 })
+	t.Logf("exclusive units run again %.1f s after the store", time.Since(began).Seconds())
 	c.waitActive(t, 12)
 	c.untouched(t, "'still-*' clock.service", before, c.nodes...)
 	c.apart(t, "only-1.service", "only-2.service")
@@ -377,20 +389,21 @@ func TestManyUnits(t *testing.T) {
 	c := faulty(t)
 	const many = 200
 	on := c.nodes[0]
-	c.ok(t, "submit", unit(t, "many@.service", "[Service]", "ExecStart=/bin/sleep infinity"))
+	c.ok(t, "submit", unit(t, "many@.service", "[Service]", "ExecStart=/bin/sleep infinity", "[X-Fleet]", "MachineID="+on.MachineID))
 	began := time.Now()
-	c.start(t, on, fmt.Sprintf("many@{1..%d}", many))
+	c.ok(t, "start", "--no-block", fmt.Sprintf("many@{1..%d}", many))
+	c.within(t, 5*time.Minute, "all to run", func() bool { return len(c.active(t)) == many })
 	t.Logf("%d units started on one node in %.1f s", many, time.Since(began).Seconds())
-	before := c.running(t, "'many@*'", c.nodes...)
+	before := c.running(t, "'many@*'", on)
 	if len(before) != many {
 		t.Fatalf("%d units run", len(before))
 	}
 	c.inside(t, on, "systemctl restart flotilla-node")
-	c.within(t, time.Minute, "the node to report its units", func() bool { return len(c.active(t)) == many })
-	c.untouched(t, "'many@*'", before, c.nodes...)
+	c.within(t, 2*time.Minute, "the node to report its units", func() bool { return len(c.active(t)) == many })
+	c.untouched(t, "'many@*'", before, on)
 	began = time.Now()
 	c.ok(t, "destroy", "many@*")
-	c.within(t, 2*time.Minute, "all to be gone", func() bool { return len(c.running(t, "'many@*'", c.nodes...)) == 0 })
+	c.within(t, 5*time.Minute, "all to be gone", func() bool { return len(c.running(t, "'many@*'", on)) == 0 })
 	t.Logf("%d units were gone after %.1f s", many, time.Since(began).Seconds())
 }
 

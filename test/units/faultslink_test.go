@@ -23,13 +23,15 @@ func TestPartition(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			c := faulty(t)
 			cut := c.nodes[2]
+			// Not the names of before: one that takes long to stop may still be stopping.
+			meek, deaf, again := "only-meek-"+what+".service", "only-deaf-"+what+".service", "only-again-"+what+".service"
 			c.start(t, cut, beating(t, "usual.service"),
-				beating(t, "only-meek.service", "[X-Fleet]", "Exclusive=yes"),
-				beating(t, "only-deaf.service", "KillSignal=SIGTERM", "TimeoutStopSec=20", "[X-Fleet]", "Exclusive=yes"),
-				beating(t, "only-again.service", "Restart=always", "RestartSec=0", "KillMode=process", "[X-Fleet]", "Exclusive=yes"))
+				beating(t, meek, "[X-Fleet]", "Exclusive=yes"),
+				beating(t, deaf, "KillSignal=SIGTERM", "TimeoutStopSec=20", "[X-Fleet]", "Exclusive=yes"),
+				beating(t, again, "Restart=always", "RestartSec=0", "KillMode=process", "[X-Fleet]", "Exclusive=yes"))
 			was := c.running(t, "usual.service", cut)
-			if len(was) != 1 {
-				t.Fatalf("usual.service does not run on %s", cut.Name)
+			if runs := c.running(t, "usual.service 'only-*'", cut); len(runs) != 4 {
+				t.Fatalf("not all run on %s: %v", cut.Name, runs)
 			}
 			t.Cleanup(func() {
 				c.inside(t, cut, "rm -f "+freeze+"; systemctl daemon-reload; systemctl kill -s CONT --kill-whom=main flotilla-node; systemctl start flotilla-node")
@@ -65,13 +67,13 @@ func TestPartition(t *testing.T) {
 			})
 			t.Logf("the second copy was gone %.1f s after the link was back", time.Since(began).Seconds())
 			c.waitActive(t, 4)
-			c.apart(t, "only-meek.service", "only-deaf.service", "only-again.service")
+			c.apart(t, meek, deaf, again)
 		})
 	}
 }
 
 // TestManyGone: of four machines two are cut off at once: what runs on them is
-// not started elsewhere until somebody says so.
+// not all started elsewhere until somebody says so.
 func TestManyGone(t *testing.T) {
 	c := faulty(t)
 	c.ok(t, "cluster", "add", c.name, "--nodes", "1")
@@ -88,17 +90,15 @@ func TestManyGone(t *testing.T) {
 	c.link(t, third, "down")
 	c.link(t, fourth, "down")
 	c.within(t, time.Minute, "the machines to be gone", func() bool { return len(c.machines(t)) == 2 })
-	var held string
-	c.within(t, time.Minute, "the units to be held", func() bool {
+	// The store may see one go before the other: what ran there is elsewhere then.
+	c.within(t, time.Minute, "a unit to be held", func() bool {
 		for _, name := range []string{"third.service", "fourth.service"} {
-			if out := c.run("", "explain", name).out; strings.Contains(out, "failover") {
-				held = name + ":\n" + out
+			if strings.Contains(c.run("", "explain", name).out, "allows the failover") {
 				return true
 			}
 		}
 		return false
 	})
-	t.Logf("held: %s\n%v", held, c.active(t))
 	c.ok(t, "failover", "allow")
 	c.within(t, time.Minute, "the units to be elsewhere", func() bool {
 		where := c.active(t)
