@@ -315,7 +315,7 @@ func TestRealFleetctlWaits(t *testing.T) {
 	f.run("start slow.service", 0, "Unit slow.service launched"+onTest, "")
 
 	// To restart is to ask for loaded, to wait for launched all the same, to ask
-	// for launched and to wait again. BUG: when fleetctl first looks, 250 ms after
+	// for launched and to wait again. BUG(fleetctl): when it first looks, 250 ms after
 	// it asked, a unit that was quick to stop is loaded, and it waits forever.
 	f.run("restart slow.service", 0, strings.Repeat("Unit slow.service launched"+onTest, 2), "INFO restart.go:100: Unit(slow.service) was restarted.\n")
 
