@@ -263,7 +263,11 @@ func (g *guard) do(ctx context.Context, do duty, t0 time.Time) error {
 		g.mu.Lock()
 		units := g.units
 		g.mu.Unlock()
-		g.a.log.Warn("stopping the exclusive units: the store does not confirm that this machine is there", "units", len(units))
+		why := "the store does not confirm that this machine is there"
+		if !t0.IsZero() && time.Since(t0) < stopAfter(g.a.cfg.TTL) {
+			why = "systemd does not put off its timer in time, although the store confirms that this machine is there"
+		}
+		g.a.log.Warn("stopping the exclusive units: "+why, "units", len(units))
 		g.note(func(s *stand) { s.halted, g.fenced = true, true })
 		for _, name := range units {
 			g.stops.Go(func() {
