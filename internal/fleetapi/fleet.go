@@ -289,7 +289,11 @@ func (h *Handler) fleetUnit(r *http.Request, name string) (answer, error) {
 			state, known = m.units[name]
 		}
 	}
-	return answer{status: http.StatusOK, body: h.asFleet(name, recordOf[registry.Unit](kv, true), p, state, known, false)}, nil
+	out := h.asFleet(name, recordOf[registry.Unit](kv, true), p, state, known, false)
+	if out.CurrentState == registry.Loaded && h.lookBack.take(name) {
+		out.CurrentState = registry.Launched
+	}
+	return answer{status: http.StatusOK, body: out}, nil
 }
 
 func listOf(kvs map[string]store.KV) []store.KV {
@@ -330,7 +334,14 @@ func (h *Handler) setFleetUnit(r *http.Request, name string) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	steps, _, err := h.change(r.Context(), []string{name}, func(_ int, have record[registry.Unit]) step { return setFleet(in, file, have) })
+	was := registry.Inactive
+	steps, _, err := h.change(r.Context(), []string{name}, func(_ int, have record[registry.Unit]) step {
+		was = have.registry.Desired
+		return setFleet(in, file, have)
+	})
+	if err == nil && was == registry.Launched && in.DesiredState == registry.Loaded {
+		h.lookBack.note(name)
+	}
 	switch {
 	case err != nil:
 		return answer{}, err

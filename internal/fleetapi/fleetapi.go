@@ -53,6 +53,7 @@ type Handler struct {
 	hold       time.Duration // holdLimit, shorter in tests
 	start      time.Duration // startLimit, shorter in tests
 	digests    digests
+	lookBack   lookBack
 }
 
 // New returns a handler for cfg.
