@@ -2,12 +2,12 @@
 VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 20s
 
-.PHONY: build test race lint fuzz system cluster bench demo check deps haproxies
+.PHONY: build test race lint fuzz system cluster bench demo check deps haproxies fleetctl
 
 build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
 	CGO_ENABLED=0 go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
 
-test: haproxies lint ## everything that continuous integration runs
+test: haproxies fleetctl lint ## everything that continuous integration runs
 	go test -timeout 30m ./...
 	@$(MAKE) --no-print-directory system cluster
 
@@ -17,7 +17,7 @@ system: deps ## tests with a real systemd, in containers; needs root
 cluster: deps ## tests on whole clusters of such containers; needs root
 	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./cmd/flotilla ./demo ./test/units -run "$(or $(RUN),.)"
 
-race: haproxies ## the tests under the race detector
+race: haproxies fleetctl ## the tests under the race detector
 	go test -race -timeout 60m ./...
 
 check: lint race ## before a push
@@ -48,6 +48,9 @@ demo: ## three nodes on this machine; DEMO=once tells the story and exits; DEMO_
 
 deps:
 	@scripts/install-deps.sh test
+
+fleetctl: deps # the real one, to test with
+	@test/fleet.sh fleetctl
 
 haproxies: deps # the versions of HAProxy to test with, beside the installed one
 	@test/haproxies.sh
