@@ -360,7 +360,7 @@ func (s *machines) tryNext() {
 		{"why it is there", s.binary + " explain web@2"},
 		{"what all of them say", s.binary + " journal -f 'web@*'"},
 		{"more of them", s.binary + " start '" + strings.TrimSuffix(template, ".service") + "{4..6}'"},
-		{"one elsewhere", s.binary + " move clock@2 n3"},
+		{"one elsewhere", s.binary + " move clock@2 n2"},
 		{"restart, stop, remove", s.binary + " restart web@1; " + s.binary + " stop web@1; " + s.binary + " destroy web@1"},
 		{"another power failure", s.binary + " cluster power n2 cut"},
 		{"and its end", s.binary + " cluster power n2 on"},
