@@ -12,10 +12,12 @@ test: haproxies fleetctl lint ## everything that continuous integration runs
 	@$(MAKE) --no-print-directory system cluster
 
 system: deps ## tests with a real systemd, in containers; needs root
-	go test -tags system -timeout 30m ./internal/systemd ./internal/agent
+	go test -tags system -timeout 30m ./internal/systemd
+	go test -tags system -timeout 30m -run '^TestSystem' ./internal/agent
 
 cluster: deps ## tests on whole clusters of such containers; needs root
-	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./cmd/flotilla ./demo ./test/units -run "$(or $(RUN),.)"
+	go test -tags cluster -p 1 -timeout 30m -run '^Test(Cluster|KilledUp|MachinesStory)$$' ./cmd/flotilla ./demo
+	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./test/units
 
 race: haproxies fleetctl ## the tests under the race detector
 	go test -race -timeout 60m ./...
