@@ -102,7 +102,7 @@ type Agent struct {
 	units   map[string]*tracked
 	present *present
 	told    bool // the states were given to the Presence
-	reload  bool // systemd has to read the files before anything is started
+	reload  bool // systemd has to read all files before anything is started
 	lookAll bool // the status of all units is to be read
 	look    map[string]bool
 	putOffs int       // passes in a row that were put off

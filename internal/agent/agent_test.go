@@ -65,6 +65,24 @@ func TestStartReplaceStopRelease(t *testing.T) {
 	r.check()
 }
 
+func TestNewAndGoneUnitsNeedNoReload(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	r.generation()
+	r.place("web.service", service("run"), registry.Launched)
+	r.waitActive("web.service")
+	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Release = "it was destroyed" })
+	r.wait("its files to be gone", r.clean)
+	r.fake.mu.Lock()
+	n := r.fake.reloads
+	r.fake.mu.Unlock()
+	if n != 0 {
+		t.Errorf("%d reloads", n)
+	}
+	r.check()
+}
+
 func TestManyUnitsShareAReload(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)

@@ -27,12 +27,11 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 	defer cancel()
 	unloaded := a.unload(cctx, names(by[Unload]))
 	loaded := a.load(cctx, now, names(by[Load]))
-	if a.reload {
-		if err := a.cfg.Systemd.Reload(cctx); err != nil {
+	if a.reload || len(unloaded)+len(loaded) > 0 {
+		if err := a.reread(cctx, unloaded, loaded); err != nil {
 			a.putOff(ctx, err)
 			return
 		}
-		a.reload = false
 		for _, name := range unloaded {
 			a.forget(name)
 		}
@@ -51,6 +50,30 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 	}
 	a.start(now, slices.Concat(by[Start], by[Restart]))
 	a.release(now, names(by[Release]))
+}
+
+// reread makes systemd know the files as they are now. It reads those of a unit
+// that it does not know when it is asked about it, and forgets a unit that is
+// stopped and not needed: only for others it has to read all files again, which
+// takes longer than all the rest.
+func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) error {
+	if !a.reload {
+		found, err := a.cfg.Systemd.Units(ctx, slices.Concat(unloaded, loaded)...)
+		if err != nil {
+			a.reload = true
+			return err
+		}
+		known := func(name string) bool { return found[name].Load != "not-found" }
+		unknown := func(name string) bool { return !known(name) }
+		a.reload = slices.ContainsFunc(unloaded, known) || slices.ContainsFunc(loaded, unknown)
+	}
+	if a.reload {
+		if err := a.cfg.Systemd.Reload(ctx); err != nil {
+			return err
+		}
+		a.reload = false
+	}
+	return nil
 }
 
 func names(steps []Step) []string {
@@ -121,7 +144,6 @@ func (a *Agent) unload(ctx context.Context, names []string) []string {
 	if len(names) == 0 {
 		return nil
 	}
-	a.reload = true
 	for _, name := range names {
 		a.units[name].rec.Whole = false
 	}
@@ -156,6 +178,9 @@ func (a *Agent) load(ctx context.Context, now *present, names []string) []string
 	names = slices.DeleteFunc(names, func(name string) bool {
 		u, w, e := a.units[name], now.wants[name], now.entries[name]
 		old, was := u.rec, u.on
+		if was || u.status.Load != "not-found" || e.install {
+			a.reload = true // what systemd knows of it, or of what it is installed in, is out of date
+		}
 		u.rec.Hash, u.rec.Sum, u.rec.Epoch, u.rec.Exclusive, u.rec.Whole = w.Hash, w.Sum, w.Epoch, w.Exclusive, false
 		if !was {
 			u.rec = record{Hash: w.Hash, Sum: w.Sum, Epoch: w.Epoch, Exclusive: w.Exclusive, Restarts: w.Restarts}
@@ -171,7 +196,6 @@ func (a *Agent) load(ctx context.Context, now *present, names []string) []string
 		}
 		return false
 	})
-	a.reload = true
 	paths := make([]string, len(names))
 	for i, name := range names {
 		paths[i] = a.disk.unit(name)

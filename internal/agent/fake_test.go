@@ -16,17 +16,18 @@ import (
 	"flotilla/internal/systemd"
 )
 
-// fakeSystemd is a systemd in memory: it reads real files at Reload and runs
-// what it has read. It outlives agents, as systemd does. ExecStart= says how a
-// unit behaves: /fail ends in failure, /slow starts and stops only when it is
-// let, /once runs and is done, all else runs until it is stopped.
+// fakeSystemd is a systemd in memory: it reads real files at Reload, or when it
+// is asked about a unit that it does not know, and runs what it has read. It
+// outlives agents, as systemd does. ExecStart= says how a unit behaves: /fail
+// ends in failure, /slow starts and stops only when it is let, /once runs and is
+// done, all else runs until it is stopped.
 type fakeSystemd struct {
 	units, dropIns, gate string
 
 	mu      sync.Mutex // guards what follows
 	links   map[string]string
 	enabled map[string]bool
-	files   map[string]string // with drop-in, as read at the last Reload
+	files   map[string]string // with drop-in, as they were read last
 	runs    map[string]*fakeRun
 	let     map[string]chan struct{} // closed: the slow unit may go on
 	change  systemd.Change
@@ -111,6 +112,7 @@ func (f *fakeSystemd) Units(_ context.Context, names ...string) (map[string]syst
 	}
 	found := map[string]systemd.Status{}
 	for _, name := range names {
+		f.meet(name)
 		found[name] = f.status(name)
 	}
 	return found, after
@@ -179,6 +181,33 @@ func (f *fakeSystemd) Disable(ctx context.Context, names ...string) error {
 	})
 }
 
+// read reads the files of a linked unit.
+func (f *fakeSystemd) read(name string) {
+	text, err := os.ReadFile(f.links[name])
+	if err != nil {
+		return
+	}
+	dropIn, err := os.ReadFile(filepath.Join(f.dropIns, name+".d", dropInName))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		panic(err)
+	}
+	f.files[name] = string(text) + string(dropIn)
+}
+
+// meet is what being asked about a unit does: the files of one that is not
+// known are read, and one without any is forgotten if nothing is left of it.
+func (f *fakeSystemd) meet(name string) {
+	_, known := f.files[name]
+	_, linked := f.links[name]
+	r := f.runs[name]
+	switch {
+	case !known && linked:
+		f.read(name)
+	case known && !linked && (r == nil || r.active == "inactive" && r.queued == ""):
+		delete(f.files, name)
+	}
+}
+
 func (f *fakeSystemd) Reload(context.Context) error {
 	after, err := f.enter("reload")
 	defer f.mu.Unlock()
@@ -187,16 +216,8 @@ func (f *fakeSystemd) Reload(context.Context) error {
 	}
 	f.reloads++
 	f.files = map[string]string{}
-	for name, path := range f.links {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
-		dropIn, err := os.ReadFile(filepath.Join(f.dropIns, name+".d", dropInName))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			panic(err)
-		}
-		f.files[name] = string(text) + string(dropIn)
+	for name := range f.links {
+		f.read(name)
 	}
 	f.change.All = true
 	f.changed("")

@@ -15,7 +15,8 @@ import (
 type Action string
 
 // The actions, in the order in which a pass carries them out. Load and Unload
-// of all units share one daemon-reload, which comes before the first Start.
+// of all units share one daemon-reload, if they need any, which comes before
+// the first Start.
 const (
 	Stop    Action = "stop"
 	Unload  Action = "unload"  // unlink, forget its failures, remove its files
