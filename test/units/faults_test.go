@@ -22,8 +22,10 @@ import (
 
 // faulty is the cluster of the tests of failures: three nodes with the usual
 // times, so that how long things take means something.
-func faulty(t *testing.T) *cluster {
-	c := clusterOf(t, "faulty", "--nodes", "3")
+func faulty(t *testing.T) *cluster { return faultyOf(t, "faulty", "--nodes", "3") }
+
+func faultyOf(t *testing.T, name string, args ...string) *cluster {
+	c := clusterOf(t, name, args...)
 	t.Cleanup(func() { // before the units are destroyed
 		c.each(func(n node) {
 			_ = c.run("", "cluster", "power", "--cluster", c.name, n.Name, "on")

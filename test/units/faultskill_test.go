@@ -22,7 +22,8 @@ import (
 // runs, each in its last version and on one machine, and units that nobody asked
 // anything of run as before. UNITS_SEED repeats a run.
 func TestKilled(t *testing.T) {
-	c := faulty(t)
+	// A node that is killed again and again may miss the usual lease.
+	c := faultyOf(t, "killed", "--nodes", "3", "--set", "machine-ttl=60")
 	seed := uint64(time.Now().UnixNano())
 	if text := os.Getenv("UNITS_SEED"); text != "" {
 		var err error
