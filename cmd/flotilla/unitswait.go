@@ -72,10 +72,10 @@ func inactive(u unitView) (stand, string) {
 	return underWay, ""
 }
 
-// loaded: on its machine, in this version, and not about to stop.
+// loaded: on its machine to stay, in this version, and not about to stop.
 func loaded(u unitView) (stand, string) {
 	st, ok := u.own()
-	if u.Current != registry.Loaded || !ok || st.Hash != u.Hash || st.Active == "deactivating" {
+	if u.Current != registry.Loaded || !ok || u.Releasing != "" || st.Hash != u.Hash || st.Active == "deactivating" {
 		return underWay, ""
 	}
 	return reached, ""
@@ -89,11 +89,11 @@ func stopped(u unitView) (stand, string) {
 	return loaded(u)
 }
 
-// launched: started in this version, with as many restarts as asked for, and
-// systemd says that it is active.
+// launched: started in this version where it is to stay, with as many restarts
+// as asked for, and systemd says that it is active.
 func launched(u unitView) (stand, string) {
 	st, ok := u.own()
-	if u.Current != registry.Launched || !ok || st.Hash != u.Hash || st.Restarts < u.Restarts {
+	if u.Current != registry.Launched || !ok || u.Releasing != "" || st.Hash != u.Hash || st.Restarts < u.Restarts {
 		return underWay, ""
 	}
 	switch st.Active {
