@@ -196,7 +196,7 @@ func (g *guard) run(ctx context.Context) error {
 		g.mu.Unlock()
 		do, wait := s.next()
 		if do != rest {
-			err := g.do(ctx, do, s.t0)
+			err := g.do(ctx, do, s)
 			if err == nil {
 				continue
 			}
@@ -228,9 +228,14 @@ func (g *guard) run(ctx context.Context) error {
 	return nil
 }
 
-func (g *guard) do(ctx context.Context, do duty, t0 time.Time) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+func (g *guard) do(ctx context.Context, do duty, s stand) error {
+	limit := 3 * time.Second
+	if do == arm { // a slow systemd has all the time there is until the units must stop
+		limit = max(limit, stopAfter(s.ttl)-s.present.Sub(s.armed))
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	t0 := s.t0
 	switch do {
 	case arm, widen:
 		after := forEver
@@ -318,7 +323,7 @@ func (g *guard) settleSolo(ctx context.Context, s stand) (again time.Duration) {
 	const soon = time.Second
 	if !alone && s.solo {
 		if s.needed {
-			if err := g.do(ctx, arm, s.t0); err != nil {
+			if err := g.do(ctx, arm, s); err != nil {
 				g.a.log.Warn("the fence of exclusive units cannot be armed, now that there are other machines", "err", err)
 				return soon
 			}
