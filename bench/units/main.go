@@ -31,17 +31,14 @@ const (
 
 // options is what a run is told beside what all benchmarks are.
 type options struct {
-	on       string // a cluster that is there already; empty: new ones
-	rounds   int
-	many     int
-	idle     time.Duration
-	fleetd   string
-	fleetctl string
-	etcd     string
+	on     string // a cluster that is there already; empty: new ones
+	rounds int
+	many   int
+	idle   time.Duration
 }
 
 func main() {
-	o := options{fleetd: os.Getenv("FLEETD"), fleetctl: os.Getenv("FLEETCTL"), etcd: os.Getenv("ETCD")}
+	var o options
 	flag.StringVar(&o.on, "on", "", "measure on this cluster of the machine, which stays (default: new ones of 1 and of 3 nodes)")
 	flag.IntVar(&o.rounds, "rounds", 3, "measurements of each kind")
 	flag.IntVar(&o.many, "many", 500, "the most units")
