@@ -120,12 +120,20 @@ func (b *balance) blame(began, opened time.Time) outcome {
 	return lost
 }
 
+// endpoints reports whether a request that began then may have been under way at
+// an endpoint on the node when it was killed.
+func (b *balance) endpoints(began time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return !b.killed.IsZero() && (b.gone.IsZero() || began.Before(b.gone))
+}
+
 // outcome is what became of a request.
 type outcome int
 
 const (
 	answered outcome = iota
-	cut              // under way at the router that was killed
+	cut              // under way at the router that was killed, or half answered by an endpoint that was
 	refused          // sent to the killed router before the balancer's check noticed
 	lost             // everything else: what must not be
 	outcomes
@@ -312,6 +320,9 @@ func (l *load) once(k kind, c *conn) *conn {
 	if !errors.Is(err, errAnswer) {
 		what = c.node.balance.blame(began, c.opened)
 	}
+	if errors.Is(err, errBegun) && slices.ContainsFunc(l.nodes, func(n *node) bool { return n.balance.endpoints(began) }) {
+		what = cut // no router can send the other half
+	}
 	if p.count[what].Add(1); what == lost {
 		p.note(fmt.Sprintf("%s, %s: %s", k.name, c.node.name, classify(err)))
 	}
@@ -332,6 +343,9 @@ func (l *load) pick() *conn {
 
 // errAnswer is an answer that is not the right one.
 var errAnswer = errors.New("wrong answer")
+
+// errBegun is an answer that ended in its middle.
+var errBegun = errors.New("the answer ended in its middle")
 
 // exchange sends a request, over a new connection if there is none, and reads
 // the answer to its end.
@@ -365,7 +379,7 @@ func (c *conn) exchange(k kind, port int, request string) (err error) {
 	c.answer = string(body)
 	switch {
 	case err != nil:
-		return err
+		return fmt.Errorf("%w: %w", errBegun, err)
 	case resp.StatusCode != http.StatusOK:
 		return fmt.Errorf("%w: status %d", errAnswer, resp.StatusCode)
 	case !strings.HasPrefix(c.answer, "web"):
@@ -389,6 +403,8 @@ func classify(err error) string {
 	switch {
 	case errors.Is(err, errAnswer):
 		return err.Error()
+	case errors.Is(err, errBegun):
+		return errBegun.Error()
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "connection refused"
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):

@@ -117,7 +117,7 @@ func (s *scene) sums() {
 	for line := range strings.Lines(b.String()) {
 		s.say("  %s", strings.TrimRight(line, "\n"))
 	}
-	s.say("  cut off  was under way at the router, or the node, that was killed")
+	s.say("  cut off  was under way at the router, or the node, that was killed, or half answered from there")
 	s.say("  refused  was sent there before the next check (each %s) took it out of the balancer", took(checkEvery))
 	s.say("  lost     every other failure, of any kind: has to be 0")
 	if total[lost] == 0 {
