@@ -2,14 +2,19 @@
 VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 20s
 
-.PHONY: build test race lint fuzz system cluster bench demo check deps haproxies fleetctl
+.PHONY: build test unit real race lint fuzz system cluster bench demo check deps haproxies fleetctl
 
 build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
 	CGO_ENABLED=0 go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
 
 test: haproxies fleetctl lint ## everything that continuous integration runs
+	@$(MAKE) --no-print-directory -j2 unit real
+
+unit: # most tests wait more than they work: these and the real ones share the machine
 	go test -timeout 30m ./...
-	@$(MAKE) --no-print-directory system cluster
+
+real:
+	@$(MAKE) --no-print-directory -j1 system cluster
 
 system: deps ## tests with a real systemd, in containers; needs root
 	go test -tags system -timeout 30m ./internal/systemd
