@@ -2,7 +2,7 @@
 VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 20s
 
-.PHONY: build test unit real race lint fuzz system cluster bench demo check deps haproxies fleetctl
+.PHONY: build test unit real race lint fuzz system cluster faults bench demo check deps haproxies fleetctl
 
 build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
 	CGO_ENABLED=0 go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
@@ -22,7 +22,12 @@ system: deps ## tests with a real systemd, in containers; needs root
 
 cluster: deps ## tests on whole clusters of such containers; needs root
 	go test -tags cluster -p 1 -timeout 30m -run '^Test(Cluster|KilledUp|MachinesStory)$$' ./cmd/flotilla ./demo
-	go test -tags cluster -p 1 -timeout 45m ./internal/nspawn ./test/units
+	go test -tags cluster -p 1 -timeout 45m -run '$(or $(RUN),.)' -skip '$(SLOW)' ./internal/nspawn ./test/units
+
+# Failures that take minutes each: a minute without a store, partitions, reboots.
+SLOW := ^Test(Partition|StoreAway|Reboot|ManyGone|ManyUnits|Killed)$$
+faults: deps ## those of the tests on whole clusters that take long, 10 minutes; not part of make test
+	go test -tags cluster -p 1 -timeout 45m -run '$(SLOW)' ./test/units
 
 race: haproxies fleetctl ## the tests under the race detector
 	go test -race -timeout 60m ./...
