@@ -2,27 +2,26 @@
 VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
 FUZZTIME ?= 20s
 
-.PHONY: build test unit real race lint fuzz system cluster faults bench demo check deps haproxies fleetctl
+.PHONY: build test unit race lint fuzz system cluster faults bench demo check deps haproxies fleetctl
 
 build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
 	CGO_ENABLED=0 go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
 
 test: haproxies fleetctl lint ## everything that continuous integration runs
-	@$(MAKE) --no-print-directory -j2 unit real
+	@$(MAKE) --no-print-directory -j2 unit system
+	@$(MAKE) --no-print-directory cluster
 
-unit: # most tests wait more than they work: these and the real ones share the machine
+unit: # they wait more than they work: those of system share the machine with them
 	go test -timeout 30m ./...
-
-real:
-	@$(MAKE) --no-print-directory -j1 system cluster
 
 system: deps ## tests with a real systemd, in containers; needs root
 	go test -tags system -timeout 30m ./internal/systemd
 	go test -tags system -timeout 30m -run '^TestSystem' ./internal/agent
+	go test -tags cluster -timeout 30m ./internal/nspawn
 
 cluster: deps ## tests on whole clusters of such containers; needs root
 	go test -tags cluster -p 1 -timeout 30m -run '^Test(Cluster|KilledUp|MachinesStory)$$' ./cmd/flotilla ./demo
-	go test -tags cluster -p 1 -timeout 45m -run '$(or $(RUN),.)' -skip '$(SLOW)' ./internal/nspawn ./test/units
+	go test -tags cluster -timeout 45m -run '$(or $(RUN),.)' -skip '$(SLOW)' ./test/units
 
 # Failures that take minutes each: a minute without a store, partitions, reboots.
 SLOW := ^Test(Partition|StoreAway|Reboot|ManyGone|ManyUnits|Killed)$$
