@@ -125,11 +125,12 @@ func (p *pass) brake() {
 }
 
 // lostMachines returns the machines that are gone and have units about which
-// nothing is decided, sorted by ID, and notes since when.
+// nothing is decided, sorted by ID, and notes since when. One that had stopped
+// all its units before has left in order, and is not among them.
 func (p *pass) lostMachines() []*machine {
 	var lost []*machine
 	for _, m := range p.machines {
-		if m.present {
+		if m.present || m.idle {
 			continue
 		}
 		for u := range m.units {

@@ -159,6 +159,7 @@ type machine struct {
 	setMod     int64
 	metadata   map[string]string
 	troubles   map[string]trouble
+	idle       bool // it said last that it has no units: if it is gone, it has left
 
 	index   int // among the classes
 	classes map[*class]struct{}

@@ -513,6 +513,7 @@ func (c *Cluster) setStates(m *machine, kv store.KV, deleted bool) {
 		if err != nil {
 			c.problems[kv.Key] = err.Error()
 		}
+		m.idle = err == nil && len(states.Units) == 0
 		for name, s := range states.Units {
 			if s.Trouble != "" {
 				if m.troubles == nil {

@@ -122,6 +122,7 @@ func (p *Presence) Run(ctx context.Context) error {
 		if lease != 0 && !p.linger.Load() {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
+			_ = p.flush(rctx, lease)            // what was said last, for those who watch
 			_, _ = p.c.etcd.Revoke(rctx, lease) // it expires anyway
 		}
 	}()
