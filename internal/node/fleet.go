@@ -42,7 +42,7 @@ type fleet struct {
 	logs    *logs.Server
 	agent   atomic.Pointer[agent.Agent] // the present one; nil before the first and where none is run
 	left    chan struct{}               // closed when the machine has left for good
-	leaving sync.Mutex                  // guards the closing of left
+	leaving sync.Once                   // closes left
 }
 
 func (n *node) openFleet() (err error) {
@@ -113,11 +113,7 @@ func (f *fleet) leave(ctx context.Context) error {
 	if err := a.Leave(ctx); err != nil {
 		return err
 	}
-	f.leaving.Lock()
-	defer f.leaving.Unlock()
-	if !f.gone() {
-		close(f.left)
-	}
+	f.leaving.Do(func() { close(f.left) })
 	return nil
 }
 
