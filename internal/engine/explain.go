@@ -196,7 +196,7 @@ func (c *Cluster) Rebalance() []Move {
 			continue
 		}
 		moves = append(moves, Move{u.name, from.id, to.id,
-			fmt.Sprintf("%s has %s and %s has %d", from.id, plural(from.load, "unit"), to.id, to.load)})
+			fmt.Sprintf("%s has %s and %s has %d", from.rec.Node, plural(from.load, "unit"), to.rec.Node, to.load)})
 		p.put(u, to)
 	}
 }
