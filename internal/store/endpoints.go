@@ -12,16 +12,15 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 )
 
-// How often and how long each endpoint is probed, and how often the list of
-// members is read.
+// How often and how long each endpoint is probed.
 const (
-	probePeriod  = 2 * time.Second
-	probeLimit   = 1500 * time.Millisecond
-	memberPeriod = 30 * time.Second
+	probePeriod = 2 * time.Second
+	probeLimit  = 1500 * time.Millisecond
 )
 
 // probe is one endpoint as Run sees it.
@@ -30,15 +29,16 @@ type probe struct {
 	configured bool
 	rank       float64 // random: clients spread over the members
 	etcd       *clientv3.Client
-	cluster    uint64 // that answered last
-	err        error  // of the last round
+	cluster    uint64   // that answered last
+	members    []string // client URLs of its voters, as they were announced last
+	err        error    // of the last round
 }
 
 // Run chooses the endpoints until ctx ends, and returns nil then. Every 2 s it
-// reads linearizably through each known voter, and gives only those that answer
-// to the client: the local one first, then in an order of its own. If none
-// answers all of them stay. The members announce further endpoints, which are
-// used if they answer and belong to the same cluster.
+// reads linearizably through each known voter who the members are, and gives
+// only those that answer to the client: the local one first, then in an order of
+// its own. If none answers all of them stay. The endpoints that the members
+// announce are used too if they answer and belong to the same cluster.
 func (c *Client) Run(ctx context.Context) error {
 	probes := map[string]*probe{}
 	defer func() {
@@ -46,24 +46,24 @@ func (c *Client) Run(ctx context.Context) error {
 			_ = p.etcd.Close()
 		}
 	}()
-	var listed time.Time
+	c.known(probes)
 	for {
-		c.known(probes)
+		wait := probePeriod
 		c.round(ctx, probes)
-		if time.Since(listed) > memberPeriod && c.readMembers(ctx) == nil {
-			listed = time.Now()
-			c.known(probes)
+		if c.known(probes) { // do not wait to try what has just been announced
+			wait = 0
 		}
 		select {
-		case <-time.After(probePeriod):
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return nil
 		}
 	}
 }
 
-// known makes probes hold the configured endpoints and those of the members.
-func (c *Client) known(probes map[string]*probe) {
+// known makes probes hold the configured endpoints and those of the members, and
+// says whether there are new ones.
+func (c *Client) known(probes map[string]*probe) (more bool) {
 	c.mu.Lock()
 	want := slices.Concat(c.configured, c.members)
 	c.mu.Unlock()
@@ -86,8 +86,9 @@ func (c *Client) known(probes map[string]*probe) {
 		if e == c.cfg.Local {
 			p.rank = -1
 		}
-		probes[e] = p
+		probes[e], more = p, true
 	}
+	return more
 }
 
 // round probes all endpoints and gives the best to the client.
@@ -116,6 +117,12 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 		}
 	}
 	cluster := c.cluster
+	for _, p := range all {
+		if p.err == nil && p.cluster == cluster && p.members != nil {
+			c.members = c.usable(p.members)
+			break
+		}
+	}
 	c.mu.Unlock()
 
 	var good, every []string
@@ -145,15 +152,37 @@ func (p *probe) read(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, probeLimit)
 	defer cancel()
 	ctx, tried := recorded(ctx)
-	resp, err := p.etcd.Get(ctx, "\x00", clientv3.WithCountOnly())
+	resp, err := p.etcd.MemberList(ctx)
 	switch {
 	case err == nil:
-		p.cluster, p.err = resp.Header.ClusterId, nil
+		p.cluster, p.members, p.err = resp.Header.ClusterId, voters(resp.Members), nil
 	case codeOf(err) == codes.PermissionDenied:
 		p.err = nil
 	default:
 		p.err = errors.New(short(tried.cause(err)))
 	}
+}
+
+// voters returns the client URLs that the voters announce.
+func voters(members []*etcdserverpb.Member) []string {
+	urls := []string{}
+	for _, m := range members {
+		if !m.IsLearner {
+			urls = append(urls, m.ClientURLs...)
+		}
+	}
+	return urls
+}
+
+// usable returns the announced URLs that are not configured ones too.
+func (c *Client) usable(urls []string) []string {
+	var out []string
+	for _, u := range urls {
+		if u, err := normalEndpoint(u, c.cfg.TLS != nil); err == nil && !slices.Contains(c.configured, u) {
+			out = append(out, u)
+		}
+	}
+	return out
 }
 
 // use gives the endpoints to clientv3, best first.
@@ -170,31 +199,6 @@ func (c *Client) use(endpoints []string) {
 		c.etcd.SetEndpoints(endpoints[0])
 	}
 	c.etcd.SetEndpoints(endpoints...)
-}
-
-// readMembers remembers what the voters announce as their client URLs.
-func (c *Client) readMembers(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, readLimit)
-	defer cancel()
-	resp, err := c.etcd.MemberList(ctx)
-	if err != nil {
-		return err
-	}
-	var urls []string
-	for _, m := range resp.Members {
-		if m.IsLearner {
-			continue
-		}
-		for _, u := range m.ClientURLs {
-			if u, err := normalEndpoint(u, c.cfg.TLS != nil); err == nil && !slices.Contains(c.configured, u) {
-				urls = append(urls, u)
-			}
-		}
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.members = urls
-	return nil
 }
 
 // Member is one member of the store as Status found it.

@@ -74,6 +74,23 @@ func write(t *testing.T, c *store.Client, key string) (rev int64) {
 	return rev
 }
 
+// TestFirstMemberKilled: who was there when the store had one member knows the
+// others as soon as they vote, and does without the first.
+func TestFirstMemberKilled(t *testing.T) {
+	t.Parallel()
+	n1 := storetest.NewMember(t, "n1")
+	n1.Start()
+	n1.Ready()
+	c, _, _ := follow(t, n1.Endpoint(), n1.Endpoint())
+	for _, name := range []string{"n2", "n3"} {
+		storetest.NewMember(t, name, n1.Address()).Start()
+	}
+	storetest.Wait(t, 60*time.Second, "all members to be voters", func() bool { return len(storetest.Voters(n1.Endpoint())) == 3 })
+	storetest.Wait(t, 8*time.Second, "all members to be in use", func() bool { return len(c.Endpoints()) == 3 })
+	n1.Kill()
+	write(t, c, "/a/after-kill")
+}
+
 func TestClusterSurvives(t *testing.T) {
 	t.Parallel()
 	cl := storetest.StartCluster(t, 3)
