@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -47,12 +48,18 @@ func (p painter) bold(s string) string   { return p.paint("1", s) }
 
 // table prints rows in columns; the first is the heading. Cells must not be
 // coloured: escape codes would count as letters.
-func table(w io.Writer, rows ...[]string) {
-	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+func table(w io.Writer, rows ...[]string) { columnar(w, 0, 2, ' ', rows) }
+
+// columnar prints rows by a tabwriter of these settings, which on its own would
+// write every cell to w by itself.
+func columnar(w io.Writer, tabWidth, padding int, pad byte, rows [][]string) {
+	whole := bufio.NewWriter(w)
+	out := tabwriter.NewWriter(whole, 0, tabWidth, padding, pad, 0)
 	for _, r := range rows {
 		_, _ = fmt.Fprintln(out, strings.TrimRight(strings.Join(r, "\t"), "\t")) // see say
 	}
 	_ = out.Flush()
+	_ = whole.Flush()
 }
 
 // dash returns "-" for an empty cell.

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -17,13 +16,7 @@ import (
 )
 
 // tabs prints rows as fleetctl does: columns end in one or more tabs.
-func tabs(w io.Writer, rows [][]string) {
-	out := tabwriter.NewWriter(w, 0, 8, 1, '\t', 0)
-	for _, r := range rows {
-		_, _ = fmt.Fprintln(out, strings.Join(r, "\t")) // see say
-	}
-	_ = out.Flush()
-}
+func tabs(w io.Writer, rows [][]string) { columnar(w, 8, 1, '\t', rows) }
 
 // listing is the flags of the commands that list.
 type listing struct {

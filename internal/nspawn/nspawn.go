@@ -217,7 +217,7 @@ func (c *Cluster) List(context.Context) ([]Machine, error) {
 func (c *Cluster) describe(m machine) Machine {
 	return Machine{
 		Name: m.Name, Release: m.Release, Address: m.Address, MachineID: m.MachineID, Labels: m.Labels, Created: m.Created,
-		Complete: m.State == stateReady, Running: len(c.processes(m.Name)) > 0, Run: c.runDir(m.Name),
+		Complete: m.State == stateReady, Running: c.alive(m.Name), Run: c.runDir(m.Name),
 	}
 }
 

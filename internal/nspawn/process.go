@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -173,23 +174,42 @@ func (c *Cluster) anyGroups(name string) []string {
 // processes returns the processes of the machine, those around its container
 // included.
 func (c *Cluster) processes(name string) []int {
-	var pids []int
-	for _, g := range c.anyGroups(name) {
-		_ = filepath.WalkDir(g, func(path string, d fs.DirEntry, err error) error {
-			if err != nil || d.Name() != "cgroup.procs" {
-				return nil // groups come and go
-			}
-			text, _ := os.ReadFile(path)
-			for field := range strings.FieldsSeq(string(text)) {
-				if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
-					pids = append(pids, pid)
-				}
-			}
-			return nil
-		})
+	return slices.Compact(slices.Sorted(c.walk(name)))
+}
+
+// alive says whether the machine has any process, without looking for all.
+func (c *Cluster) alive(name string) bool {
+	for range c.walk(name) {
+		return true
 	}
-	slices.Sort(pids)
-	return slices.Compact(pids)
+	return false
+}
+
+// walk finds the processes of the machine in the groups that it may be in, in
+// no order, some more than once.
+func (c *Cluster) walk(name string) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for _, g := range c.anyGroups(name) {
+			more := true
+			_ = filepath.WalkDir(g, func(path string, d fs.DirEntry, err error) error {
+				if err != nil || d.Name() != "cgroup.procs" {
+					return nil // groups come and go
+				}
+				text, _ := os.ReadFile(path)
+				for field := range strings.FieldsSeq(string(text)) {
+					if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+						if more = yield(pid); !more {
+							return fs.SkipAll
+						}
+					}
+				}
+				return nil
+			})
+			if !more {
+				return
+			}
+		}
+	}
 }
 
 // leader returns the first process of the machine, seen from the host; 0 if it
@@ -261,7 +281,7 @@ func (c *Cluster) halt(ctx context.Context, name string) error {
 }
 
 func (c *Cluster) waitGone(ctx context.Context, name string) error {
-	return until(ctx, "its processes to end", func() bool { return len(c.processes(name)) == 0 })
+	return until(ctx, "its processes to end", func() bool { return !c.alive(name) })
 }
 
 // sweep removes the control groups of a machine without processes.
