@@ -6,13 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -27,6 +25,8 @@ type cluster struct {
 	bench *harness.Bench
 	name  string
 	nodes []node
+
+	floors []float64 // seconds in which systemd alone had the most units up
 }
 
 // node is one of them, as flotilla cluster status -o json has it.
@@ -82,6 +82,19 @@ func (c *cluster) refresh(ctx context.Context) error {
 // shell runs a script on a node and returns what it prints.
 func (c *cluster) shell(ctx context.Context, n node, script string) (string, error) {
 	return output(exec.CommandContext(ctx, c.bench.Binary, "cluster", "shell", "--cluster", c.name, n.Name, script))
+}
+
+// booted waits until a node that was switched on has done what it does then.
+func (c *cluster) booted(ctx context.Context, n node) error {
+	for began := time.Now(); ; {
+		_, err := c.shell(ctx, n, "systemctl is-system-running --wait >/dev/null || true") // degraded is fine
+		if err == nil || time.Since(began) > upLimit {
+			return err
+		}
+		if err := harness.Pause(ctx, 200*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }
 
 // everywhere runs a script on all nodes at once.
@@ -189,212 +202,17 @@ func (c *cluster) joined(ctx context.Context) error {
 	}
 }
 
-// counts is what the store has done.
-type counts struct{ puts, txns, proposals float64 }
-
-func (c counts) minus(o counts) counts {
-	return counts{c.puts - o.puts, c.txns - o.txns, c.proposals - o.proposals}
-}
-
-func (c counts) String() string {
-	return fmt.Sprintf("%.0f writes (raft proposals), %.0f transactions, %.0f keys put", c.proposals, c.txns, c.puts)
-}
-
-// counted asks the first node's member of the store: every member does all.
-func (c *cluster) counted(ctx context.Context) (n counts, err error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.nodes[0].Address+":2379/metrics", nil)
-	if err != nil {
-		return n, err
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return n, err
-	}
-	var text bytes.Buffer
-	_, err = text.ReadFrom(response.Body)
-	if err = errors.Join(err, response.Body.Close()); err != nil {
-		return n, err
-	}
-	into := map[string]*float64{"etcd_mvcc_put_total": &n.puts, "etcd_mvcc_txn_total": &n.txns, "etcd_server_proposals_applied_total": &n.proposals}
-	for line := range strings.Lines(text.String()) {
-		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-		if at := into[name]; at != nil {
-			if *at, err = strconv.ParseFloat(value, 64); err != nil {
-				return n, fmt.Errorf("metrics of the store: %s: %w", name, err)
-			}
-			delete(into, name)
-		}
-	}
-	if len(into) > 0 {
-		return n, fmt.Errorf("metrics of the store lack %d of those that are needed", len(into))
-	}
-	return n, nil
-}
-
-// reading is what was used so far; node and store by node.
-type reading struct {
-	counts      counts
-	node, store []time.Duration
-}
-
-// system is what starts units on a cluster.
-type system struct {
-	cluster *cluster
-	dir     string // of the template
-}
-
-func (s *system) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, s.cluster.bench.Binary, args...)
-	cmd.Env, cmd.Dir = append(os.Environ(), "FLOTILLA_CLUSTER="+s.cluster.name), s.dir
-	return cmd
-}
-
-func (s *system) output(ctx context.Context, args ...string) (string, error) {
-	return output(s.command(ctx, args...))
-}
-
-func names(n int) []string {
-	list := make([]string, n)
-	for i := range list {
-		list[i] = strings.Replace(templateName, "@", "@"+strconv.Itoa(i+1), 1)
-	}
-	return list
-}
-
-// start starts n units and waits until their processes are there and the
-// command has returned.
-func (s *system) start(ctx context.Context, n int) (t trial, err error) {
-	before, err := s.cluster.counted(ctx)
-	if err != nil {
-		return t, err
-	}
-	w, err := s.cluster.watch()
-	if err != nil {
-		return t, err
-	}
-	var ended sync.WaitGroup
-	var failed error
-	began := time.Now()
-	ended.Go(func() {
-		_, failed = s.output(ctx, append([]string{"start", "--timeout", "3m"}, names(n)...)...)
-		t.returned = time.Since(began).Seconds()
-	})
-	first, up, err := w.until(ctx, began, n, upLimit)
-	ended.Wait()
-	if err = errors.Join(err, failed); err != nil {
-		return t, err
-	}
-	t.first, t.up = first, up
-	if err := s.settle(ctx); err != nil {
-		return t, err
-	}
-	after, err := s.cluster.counted(ctx)
-	t.writes = after.minus(before)
-	return t, err
-}
-
-// trial starts n units and destroys them.
-func (s *system) trial(ctx context.Context, n int) (trial, error) {
-	t, err := s.start(ctx, n)
-	if err != nil {
-		return t, fmt.Errorf("start %d units: %w", n, err)
-	}
-	w, err := s.cluster.watch()
-	if err != nil {
-		return t, err
-	}
-	var ended sync.WaitGroup
-	var failed error
-	began := time.Now()
-	ended.Go(func() { _, failed = s.output(ctx, append([]string{"destroy"}, names(n)...)...) })
-	_, t.gone, err = w.until(ctx, began, 0, upLimit)
-	ended.Wait()
-	if err = errors.Join(err, failed); err != nil {
-		return t, fmt.Errorf("destroy %d units: %w", n, err)
-	}
-	return t, s.clear(ctx)
-}
-
-// settle waits until the store has not been written to for two seconds.
-func (s *system) settle(ctx context.Context) error {
-	last, since := counts{}, time.Now()
-	for began := time.Now(); time.Since(since) < 2*time.Second; {
-		now, err := s.cluster.counted(ctx)
-		if err != nil {
-			return err
-		}
-		if now.puts != last.puts {
-			last, since = now, time.Now()
-		}
-		if time.Since(began) > upLimit {
-			return fmt.Errorf("the store is still written to after %s", upLimit)
-		}
-		if err := harness.Pause(ctx, 100*time.Millisecond); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// clear destroys what is there and waits until nothing is.
-func (s *system) clear(ctx context.Context) error {
-	for began := time.Now(); ; {
-		files, err := s.output(ctx, "list-unit-files", "--no-legend", "--fields", "unit")
-		if err != nil {
-			return err
-		}
-		units, err := s.output(ctx, "list-units", "--no-legend", "--fields", "unit")
-		if err != nil {
-			return err
-		}
-		if files+units == "" {
-			return nil
-		}
-		if list := strings.Fields(files); len(list) > 0 {
-			if _, err := s.output(ctx, append([]string{"destroy"}, list...)...); err != nil {
-				return err
-			}
-		}
-		if time.Since(began) > upLimit {
-			return fmt.Errorf("units are still there %s after they were destroyed", upLimit)
-		}
-		if err := harness.Pause(ctx, 100*time.Millisecond); err != nil {
-			return err
-		}
-	}
-}
-
-// reading reads what the daemons on all nodes and the store have used.
-func (s *system) reading(ctx context.Context) (r reading, err error) {
-	if r.counts, err = s.cluster.counted(ctx); err != nil {
-		return r, err
-	}
-	for _, n := range s.cluster.nodes {
-		for verb, list := range map[string]*[]time.Duration{"node": &r.node, "store": &r.store} {
-			pid, err := processOf(n, verb)
-			if err != nil {
-				return r, err
-			}
-			u, err := harness.ProcessUsage(pid, false)
-			if err != nil {
-				return r, err
-			}
-			*list = append(*list, u.CPU)
-		}
-	}
-	return r, nil
-}
-
-// processOf returns the process on the host that runs flotilla with this verb
-// in a node.
-func processOf(n node, verb string) (int, error) {
+// processOf returns the process on the host that runs a program in a node;
+// command is how its command line begins.
+func processOf(n node, command ...string) (int, error) {
+	begin := []byte(strings.Join(command, "\x00") + "\x00")
 	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
 		return 0, err
 	}
 	for _, path := range lines {
 		line, err := os.ReadFile(path)
-		if err != nil || !bytes.HasPrefix(line, []byte("/usr/local/bin/flotilla\x00"+verb+"\x00")) {
+		if err != nil || !bytes.HasPrefix(line, begin) {
 			continue // ended, or another
 		}
 		dir := filepath.Dir(path)
@@ -403,5 +221,5 @@ func processOf(n node, verb string) (int, error) {
 			return strconv.Atoi(filepath.Base(dir))
 		}
 	}
-	return 0, fmt.Errorf("node %s runs no flotilla %s", n.Name, verb)
+	return 0, fmt.Errorf("node %s runs no %s", n.Name, strings.Join(command, " "))
 }

@@ -2,6 +2,12 @@
 // elsewhere after a power failure, and what the cluster does when nothing
 // happens, on clusters of containers with real systemd; beside it systemd alone
 // and, if its programs are given, the real fleet. It needs root.
+//
+// test/fleet.sh builds fleet's programs. The etcd has to be 3.4 or older, as in
+// the package etcd-server of Debian 12, which need not be installed for it:
+//
+//	apt-get download etcd-server && dpkg -x etcd-server_*.deb DIR
+//	go run ./bench/units -fleetctl .cache/fleet/fleetctl -fleetd .cache/fleet/fleetd -etcd DIR/usr/bin/etcd
 package main
 
 import (
@@ -11,6 +17,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"flotilla/bench/harness"
@@ -35,6 +42,7 @@ type options struct {
 	rounds int
 	many   int
 	idle   time.Duration
+	fleet  programs
 }
 
 func main() {
@@ -43,6 +51,9 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 3, "measurements of each kind")
 	flag.IntVar(&o.many, "many", 500, "the most units")
 	flag.DurationVar(&o.idle, "idle", 30*time.Second, "how long to watch a cluster at rest")
+	flag.StringVar(&o.fleet.daemon, "fleetd", "", "the real fleetd, to measure beside ours; -fleetctl and -etcd go with it")
+	flag.StringVar(&o.fleet.client, "fleetctl", "", "the real fleetctl")
+	flag.StringVar(&o.fleet.etcd, "etcd", "", "an etcd that has the v2 API, for fleet")
 	harness.Main("units", claim, func(ctx context.Context, b *harness.Bench) error {
 		sizes := []int{1, 3}
 		if b.Quick {
@@ -58,6 +69,14 @@ func run(ctx context.Context, b *harness.Bench, o options, sizes []int) error {
 	b.Printf("         processes are, or are no more, in the host's /proc, which is read every 5 ms\n")
 	b.Printf("systemd  the same units as files: systemctl link, daemon-reload, start --no-block; on all nodes at once, a share each,\n")
 	b.Printf("         while flotilla-node is stopped\n")
+	if err := o.fleet.find(); err != nil {
+		return err
+	}
+	if o.fleet.given() {
+		if err := o.fleet.describe(ctx, b); err != nil {
+			return err
+		}
+	}
 	if o.on != "" {
 		return onCluster(ctx, b, o, &cluster{bench: b, name: o.on})
 	}
@@ -75,13 +94,6 @@ func run(ctx context.Context, b *harness.Bench, o options, sizes []int) error {
 	return nil
 }
 
-// trial is one start of units and their end.
-type trial struct {
-	first, up, returned float64
-	gone                float64
-	writes              counts // of the start
-}
-
 // onCluster measures everything on one cluster.
 func onCluster(ctx context.Context, b *harness.Bench, o options, c *cluster) error {
 	if err := c.refresh(ctx); err != nil {
@@ -91,69 +103,113 @@ func onCluster(ctx context.Context, b *harness.Bench, o options, c *cluster) err
 	if err := os.WriteFile(template, []byte(c.unitText()), 0o644); err != nil {
 		return err
 	}
-	ours := &system{cluster: c, dir: b.Dir}
+	ours := &system{daemons: flotilla{c}, name: "flotilla", cluster: c}
 	if err := ours.clear(ctx); err != nil {
 		return err
 	}
-	b.Printf("\n%d node(s)\n%-10s units  round   first      up  returned    gone\n", len(c.nodes), "")
-	var one []float64
+	b.Printf("\n%d node(s)\n", len(c.nodes))
+	err := measure(ctx, b, o, ours)
+	if err = errors.Join(err, ours.clear(ctx)); err != nil || !o.fleet.given() {
+		return err
+	}
+	f := &fleet{cluster: c, programs: o.fleet}
+	theirs := &system{daemons: f, name: "fleet", cluster: c, pass: fleetPass, sweep: f.sweep}
+	b.Printf("\nfleet on %d node(s)\n", len(c.nodes))
+	if err = f.up(ctx); err == nil {
+		err = measure(ctx, b, o, theirs)
+	}
+	if err = errors.Join(err, f.down()); err != nil {
+		return fmt.Errorf("fleet: %w", err)
+	}
+	compare(b, theirs, ours)
+	return nil
+}
+
+// measure measures one system; ours comes first, with systemd alone beside it.
+func measure(ctx context.Context, b *harness.Bench, o options, s *system) error {
+	c := s.cluster
+	b.Printf("%-10s units  round   first      up  returned    gone\n", "")
+	var one, few []float64
 	for i := range 2*o.rounds + 1 {
-		t, err := ours.trial(ctx, 1)
+		t, err := s.trial(ctx, 1)
 		if err != nil {
 			return err
 		}
-		c.row("flotilla", 1, i, t)
+		c.row(s.name, 1, i, t)
 		one = append(one, t.up)
 	}
 	for i := range o.rounds {
-		t, err := ours.trial(ctx, o.many/5)
+		t, err := s.trial(ctx, o.many/5)
 		if err != nil {
 			return err
 		}
-		c.row("flotilla", o.many/5, i, t)
+		c.row(s.name, o.many/5, i, t)
+		few = append(few, t.up)
 	}
-	var ups, gone, floors, writes []float64
+	beside := len(c.floors) == 0
+	var ups, gone, writes []float64
+	left := 0
 	for i := range o.rounds {
-		floor, err := c.floor(ctx, o.many)
+		if beside {
+			floor, err := c.floor(ctx, o.many)
+			if err != nil {
+				return err
+			}
+			c.row("systemd", o.many, i, floor)
+			c.floors = append(c.floors, floor.up)
+		}
+		t, err := s.trial(ctx, o.many)
 		if err != nil {
 			return err
 		}
-		c.row("systemd", o.many, i, floor)
-		t, err := ours.trial(ctx, o.many)
-		if err != nil {
-			return err
-		}
-		c.row("flotilla", o.many, i, t)
-		b.Printf("           store: %s; returned after %.2f of systemd's time, up after %.2f\n", t.writes, t.returned/floor.up, t.up/floor.up)
-		ups, gone, floors = append(ups, t.up), append(gone, t.gone), append(floors, floor.up)
-		writes = append(writes, t.writes.proposals)
+		c.row(s.name, o.many, i, t)
+		b.Printf("           store: %s; returned after %.2f of systemd's time, up after %.2f\n",
+			s.words(t.writes), t.returned/c.floors[i], t.up/c.floors[i])
+		ups, gone, writes, left = append(ups, t.up), append(gone, t.gone), append(writes, t.writes.writes()), left+t.left
 	}
-	b.AtMost("1 unit up, median", harness.Median(one), barOne, " s")
-	b.AtMost(fmt.Sprintf("%d units up, median, in times of systemd alone", o.many), harness.Median(ups)/harness.Median(floors), barFloor, "")
-	b.AtMost(fmt.Sprintf("%d units destroyed and gone, median", o.many), harness.Median(gone), barGone, " s")
-	b.AtMost(fmt.Sprintf("store writes for %d starts, median", o.many), harness.Median(writes), barWrites, "")
-	if err := atRest(ctx, b, o, ours); err != nil {
+	up := harness.Median(ups)
+	s.figure(figure{what: "1 unit up, median", value: harness.Median(one), unit: " s"}, barOne)
+	s.figure(figure{what: fmt.Sprintf("%d units up, median", o.many/5), value: harness.Median(few), unit: " s"}, noBar)
+	s.figure(figure{what: fmt.Sprintf("%d units up, median", o.many), value: up, unit: " s"}, noBar)
+	s.figure(figure{what: fmt.Sprintf("%d units up, median, in times of systemd alone", o.many), value: up / harness.Median(c.floors)}, barFloor)
+	s.figure(figure{what: fmt.Sprintf("%d units destroyed and gone, median", o.many), value: harness.Median(gone), unit: " s", least: left > 0}, barGone)
+	s.figure(figure{what: fmt.Sprintf("store writes for %d starts, median", o.many), value: harness.Median(writes)}, barWrites)
+	if err := atRest(ctx, b, o, s); err != nil {
 		return err
 	}
 	if len(c.nodes) > 1 {
-		if err := failover(ctx, b, o, ours); err != nil {
-			return err
-		}
+		return failover(ctx, b, o, s)
 	}
-	return ours.clear(ctx)
+	return nil
 }
 
 // row prints one trial.
 func (c *cluster) row(who string, units, round int, t trial) {
-	c.bench.Printf("%-10s %5d  %5d  %6.3f  %6.3f    %6.3f  %6.3f\n", who, units, round+1, t.first, t.up, t.returned, t.gone)
+	c.bench.Printf("%-10s %5d  %5d  %6.3f  %6.3f    %6.3f  %6.3f", who, units, round+1, t.first, t.up, t.returned, t.gone)
+	if t.left > 0 {
+		c.bench.Printf(" and %d still there", t.left)
+	}
+	c.bench.Printf("\n")
+}
+
+// compare prints what both were measured for.
+func compare(b *harness.Bench, theirs, ours *system) {
+	b.Printf("\n%-50s %12s %12s   %s/%s\n", "", theirs.name, ours.name, theirs.name, ours.name)
+	for i, f := range theirs.figures {
+		more, ratio := "", "-"
+		if f.least {
+			more = "> "
+		}
+		if value := ours.figures[i].value; value > 0 {
+			ratio = fmt.Sprintf("%s%.3g", more, f.value/value)
+		}
+		b.Printf("%-50s %12s %12s   %s\n", f.what, more+fmt.Sprintf("%.3g", f.value)+f.unit, fmt.Sprintf("%.3g", ours.figures[i].value)+f.unit, ratio)
+	}
 }
 
 // atRest starts the most units and watches; they stay.
 func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 	if _, err := s.start(ctx, o.many); err != nil {
-		return err
-	}
-	if err := s.settle(ctx); err != nil {
 		return err
 	}
 	b.Logf("at rest for %s", o.idle)
@@ -169,16 +225,11 @@ func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 		return err
 	}
 	writes := after.counts.minus(before.counts)
-	b.Printf("at rest with %d units for %s: store %s\n", o.many, o.idle, writes)
-	worst := 0.0
-	for i, n := range s.cluster.nodes {
-		node := (after.node[i] - before.node[i]).Seconds() / o.idle.Seconds()
-		store := (after.store[i] - before.store[i]).Seconds() / o.idle.Seconds()
-		worst = max(worst, node)
-		b.Printf("           %s: node %.4f cores, store %.4f cores\n", n.Name, node, store)
-	}
-	b.AtMost("writes to the store per unit at rest", writes.puts/float64(o.many), 0, "")
-	b.AtMost("CPU of the busiest node process at rest", worst, barIdle, " cores")
+	daemons, stores := shares(before.daemons, after.daemons, o.idle), shares(before.stores, after.stores, o.idle)
+	b.Printf("at rest with %d units for %s: store %s\n", o.many, o.idle, s.words(writes))
+	b.Printf("           cores: daemons %s, store %s\n", harness.Join(daemons, "%.4f"), harness.Join(stores, "%.4f"))
+	s.figure(figure{what: "writes to the store per unit at rest", value: writes.writes() / float64(o.many)}, 0)
+	s.figure(figure{what: "CPU of the busiest node process at rest", value: slices.Max(daemons), unit: " cores"}, barIdle)
 	for _, verb := range []string{"list-units", "list-unit-files"} {
 		var took []float64
 		for range 9 {
@@ -193,13 +244,23 @@ func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 			took = append(took, time.Since(began).Seconds())
 		}
 		b.Printf("%s   raw %s\n", verb, harness.Join(took, "%.4f"))
-		b.AtMost(fmt.Sprintf("%s of %d units, median", verb, o.many), harness.Median(took), barList, " s")
+		s.figure(figure{what: fmt.Sprintf("%s of %d units, median", verb, o.many), value: harness.Median(took), unit: " s"}, barList)
 	}
 	return nil
 }
 
-// failover cuts the power of the last node and waits for its units.
-func failover(ctx context.Context, b *harness.Bench, o options, s *system) error {
+// shares returns what each of some processes has used, in cores.
+func shares(before, after []time.Duration, d time.Duration) []float64 {
+	list := make([]float64, len(after))
+	for i := range list {
+		list[i] = (after[i] - before[i]).Seconds() / d.Seconds()
+	}
+	return list
+}
+
+// failover cuts the power of the last node, waits for its units and switches it
+// on again.
+func failover(ctx context.Context, b *harness.Bench, o options, s *system) (err error) {
 	c := s.cluster
 	victim := c.nodes[len(c.nodes)-1]
 	before, err := c.watch()
@@ -207,6 +268,13 @@ func failover(ctx context.Context, b *harness.Bench, o options, s *system) error
 		return err
 	}
 	had := len(before.here)
+	defer func() {
+		on := context.WithoutCancel(ctx)
+		err = errors.Join(err, c.cli(on, "cluster", "power", "--cluster", c.name, victim.Name, "on"))
+		if err == nil {
+			err = c.booted(on, victim)
+		}
+	}()
 	began := time.Now()
 	if err := c.cli(ctx, "cluster", "power", "--cluster", c.name, victim.Name, "cut"); err != nil {
 		return err
@@ -222,9 +290,6 @@ func failover(ctx context.Context, b *harness.Bench, o options, s *system) error
 	}
 	b.Printf("failover   %s of %d nodes cut (the command took %.2f s), %d of %d units lost: first up after %.2f, all after %.2f\n",
 		victim.Name, len(c.nodes), cut, lost, had, first, all)
-	b.AtMost(fmt.Sprintf("%d units of a dead node up again", lost), all, barFailover, " s")
-	if err := c.cli(ctx, "cluster", "power", "--cluster", c.name, victim.Name, "on"); err != nil {
-		return err
-	}
+	s.figure(figure{what: "units of a dead node up again", value: all, unit: " s"}, barFailover)
 	return nil
 }

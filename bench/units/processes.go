@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -15,6 +16,9 @@ const (
 	upLimit       = 3 * time.Minute
 	failoverLimit = 2 * time.Minute
 )
+
+// errTooLong is what until returns at its limit.
+var errTooLong = errors.New("that took too long")
 
 // watch knows which of the units' processes are on the host. A process is
 // looked at until it is one of them, which it stays; what was there before the
@@ -89,7 +93,7 @@ func (w *watch) until(ctx context.Context, began time.Time, n int, limit time.Du
 			return first, since.Seconds(), nil
 		}
 		if since > limit {
-			return first, 0, fmt.Errorf("%d of %d units run after %s", len(w.here), n, limit)
+			return first, since.Seconds(), fmt.Errorf("%d units run, not %d, after %s: %w", len(w.here), n, limit, errTooLong)
 		}
 		if err := harness.Pause(ctx, poll); err != nil {
 			return first, 0, err
