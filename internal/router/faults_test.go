@@ -235,7 +235,7 @@ func (r *Router) hurryAudit() {
 	done := make(chan struct{})
 	r.requests <- func() {
 		for r.audit = (auditor{}); ; {
-			_ = r.auditSome(context.Background())
+			_ = r.auditSome(context.Background(), false)
 			if len(r.audit.backends) == 0 && len(r.audit.maps) == 0 {
 				break
 			}

@@ -307,22 +307,28 @@ func (r *Router) routeMaps() []string {
 type auditor struct {
 	backends []string // still to be read in this round
 	maps     []string
-	perTick  int
+	all      int // backends that the round began with
+	left     int // ticks that it still has
 }
 
 // auditTicks is how many parts one round has: it takes 40 s.
 const auditTicks = 40 * ticksPerSecond
 
-func (r *Router) auditSome(ctx context.Context) error {
+// auditSome reads what is due of a round. It talks to HAProxy only if something
+// is, or if told to see whether it is still the same one.
+func (r *Router) auditSome(ctx context.Context, see bool) error {
 	a := &r.audit
-	if len(a.backends) == 0 && len(a.maps) == 0 {
-		a.backends = slices.Sorted(maps.Values(r.slots.used))
-		a.perTick = len(a.backends)/auditTicks + 1
-		a.maps = r.routeMaps()
+	if a.left == 0 {
+		*a = auditor{backends: slices.Sorted(maps.Values(r.slots.used)), maps: r.routeMaps(), all: len(r.slots.used), left: auditTicks}
 	}
-	part := a.backends[:min(a.perTick, len(a.backends))]
+	a.left--
+	part := a.backends[:len(a.backends)-a.all*a.left/auditTicks]
 	a.backends = a.backends[len(part):]
 	part = slices.DeleteFunc(part, func(b string) bool { _, ok := r.have.backends[b]; return !ok })
+	mapDue := len(a.maps) > len(haproxy.Maps)*a.left/auditTicks
+	if len(part) == 0 && !mapDue && !see && len(r.failed) == 0 {
+		return nil
+	}
 	before := map[string]map[string]haproxy.Server{}
 	for _, b := range part {
 		before[b] = r.have.backends[b]
@@ -338,7 +344,7 @@ func (r *Router) auditSome(ctx context.Context) error {
 			suspects[name] = true
 		}
 	}
-	if len(a.maps) > 0 && len(a.backends) <= a.perTick*len(a.maps)*auditTicks/len(haproxy.Maps) {
+	if mapDue {
 		m := a.maps[0]
 		a.maps = a.maps[1:]
 		if err := r.auditMap(ctx, m, suspects); err != nil {

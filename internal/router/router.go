@@ -357,7 +357,7 @@ func (r *Router) housekeeping(ctx context.Context, second bool) {
 		return
 	}
 	now := time.Now()
-	err := r.auditSome(ctx)
+	err := r.auditSome(ctx, second)
 	if !second {
 		if err != nil && ctx.Err() == nil {
 			r.log.Warn("router audit", "err", err)
