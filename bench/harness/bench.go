@@ -136,10 +136,10 @@ func (b *Bench) open() (err error) {
 func (b *Bench) heading(ctx context.Context, claim string) {
 	b.load = loadAverage()
 	b.Printf("%s: %s\n\n", b.name, claim)
-	b.Printf("date     %s  commit %s\n", time.Now().UTC().Format(time.RFC3339), first(ctx, "git", "describe", "--always", "--dirty"))
-	b.Printf("machine  %s, %d cores, %s, kernel %s, %s\n", cpuModel(), runtime.NumCPU(), memory(), first(ctx, "uname", "-r"), runtime.Version())
+	b.Printf("date     %s  commit %s\n", time.Now().UTC().Format(time.RFC3339), FirstLine(ctx, "git", "describe", "--always", "--dirty"))
+	b.Printf("machine  %s, %d cores, %s, kernel %s, %s\n", cpuModel(), runtime.NumCPU(), memory(), FirstLine(ctx, "uname", "-r"), runtime.Version())
 	b.Printf("command  go run ./bench/%s %s\n", b.name, strings.Join(os.Args[1:], " "))
-	b.Printf("haproxy  %s\n", first(ctx, b.HAProxy, "-v"))
+	b.Printf("haproxy  %s\n", FirstLine(ctx, b.HAProxy, "-v"))
 }
 
 // Printf writes to the report.
@@ -217,8 +217,8 @@ func Join(samples []float64, format string) string {
 	return strings.Join(words, " ")
 }
 
-// first returns the first line that a command prints, or what went wrong.
-func first(ctx context.Context, name string, args ...string) string {
+// FirstLine returns the first line that a command prints, or what went wrong.
+func FirstLine(ctx context.Context, name string, args ...string) string {
 	out, err := exec.CommandContext(ctx, name, args...).Output()
 	if err != nil {
 		return err.Error()

@@ -64,9 +64,10 @@ func (b *Bench) StartCluster(ctx context.Context, net, nodes int) (*Cluster, err
 }
 
 // Endpoint is the URL of the first node's store.
-func (c *Cluster) Endpoint() string {
-	return fmt.Sprintf("http://%s:%d", hostOf(c.Nodes[0].Address), storePort)
-}
+func (c *Cluster) Endpoint() string { return "http://" + c.Nodes[0].Store() }
+
+// Store is where the node's member of the store listens, ip:port.
+func (n *Node) Store() string { return fmt.Sprintf("%s:%d", hostOf(n.Address), storePort) }
 
 func hostOf(address string) string { return address[:len(address)-len(fmt.Sprintf(":%d", httpPort))] }
 
@@ -204,23 +205,26 @@ const txnKeys = 100
 // PutServices writes services svc<from> to svc<to-1>, each with endpoints as
 // endpoint gives them, and returns the store's revision after the last.
 func (c *Cluster) PutServices(ctx context.Context, from, to int, endpoint func(service, n int) string) (int64, error) {
-	var ops []clientv3.Op
+	return c.PutAll(ctx, from, to, func(i int) []clientv3.Op {
+		return ServiceOps(ServiceName(i), endpoint(i, 1), endpoint(i, 2), endpoint(i, 3))
+	})
+}
+
+// PutAll does what ops returns for from to to-1, as much as possible in one
+// transaction, and returns the store's revision after the last.
+func (c *Cluster) PutAll(ctx context.Context, from, to int, ops func(i int) []clientv3.Op) (int64, error) {
+	var next []clientv3.Op
 	var revision int64
-	flush := func() error {
-		resp, err := c.Store.Txn(ctx).Then(ops...).Commit()
-		if err != nil {
-			return fmt.Errorf("write %d keys: %w", len(ops), err)
-		}
-		ops, revision = ops[:0], resp.Header.Revision
-		return nil
-	}
 	for i := from; i < to; i++ {
-		ops = append(ops, ServiceOps(ServiceName(i), endpoint(i, 1), endpoint(i, 2), endpoint(i, 3))...)
-		if len(ops) > txnKeys-4 || i == to-1 {
-			if err := flush(); err != nil {
-				return 0, err
-			}
+		next = append(next, ops(i)...)
+		if i < to-1 && len(next)+len(ops(i+1)) <= txnKeys {
+			continue
 		}
+		resp, err := c.Store.Txn(ctx).Then(next...).Commit()
+		if err != nil {
+			return 0, fmt.Errorf("write %d keys: %w", len(next), err)
+		}
+		next, revision = next[:0], resp.Header.Revision
 	}
 	return revision, nil
 }

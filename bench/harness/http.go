@@ -105,9 +105,21 @@ func (c *Client) Close() {
 // Until asks for host again and again until the answer is 200 and want, or any
 // text if want is "", and returns when it was.
 func (c *Client) Until(ctx context.Context, host, want string) (time.Time, error) {
+	return c.until(ctx, host, func(status int, body string) bool {
+		return status == http.StatusOK && (want == "" || body == want)
+	})
+}
+
+// UntilGone asks for host again and again until there is an answer other than
+// 200, and returns when it was.
+func (c *Client) UntilGone(ctx context.Context, host string) (time.Time, error) {
+	return c.until(ctx, host, func(status int, _ string) bool { return status != http.StatusOK })
+}
+
+func (c *Client) until(ctx context.Context, host string, ok func(status int, body string) bool) (time.Time, error) {
 	for {
 		status, body, err := c.Do(http.MethodGet, host)
-		if err == nil && status == http.StatusOK && (want == "" || body == want) {
+		if err == nil && ok(status, body) {
 			return time.Now(), nil
 		}
 		select {

@@ -66,8 +66,8 @@ type Config struct {
 var ErrReplaced = errors.New("another machine with the same machine ID has registered")
 
 const (
-	settle     = 20 * time.Millisecond // in which events are merged into one pass
-	callLimit  = 30 * time.Second      // of calls to systemd that a pass waits for
+	settle     = 5 * time.Millisecond // in which events are merged into one pass
+	callLimit  = 30 * time.Second     // of calls to systemd that a pass waits for
 	checkEvery = time.Minute
 	firstRetry = 200 * time.Millisecond // doubled each time, up to a minute
 	readyLimit = 2 * time.Second        // for units to be queued before those that come after them

@@ -51,7 +51,7 @@ type Stats struct {
 
 // New returns an Engine. It does nothing; Run does.
 func New(cfg Config) *Engine {
-	return &Engine{cfg: cfg, idle: 10 * time.Millisecond, most: 50 * time.Millisecond, check: time.Minute, firstWait: 100 * time.Millisecond, longest: time.Second}
+	return &Engine{cfg: cfg, idle: 3 * time.Millisecond, most: 50 * time.Millisecond, check: time.Minute, firstWait: 100 * time.Millisecond, longest: time.Second}
 }
 
 // Stats returns the counters. It may be called from any goroutine.
