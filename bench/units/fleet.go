@@ -56,7 +56,7 @@ func (p *programs) describe(ctx context.Context, b *harness.Bench) error {
 		return err
 	}
 	_, version, _ := strings.Cut(client, "version ")
-	etcd, _, _ = strings.Cut(strings.ToLower(etcd), "\n")
+	etcd, _, _ = strings.Cut(strings.Replace(etcd, " Version:", "", 1), "\n")
 	b.Printf("fleet    %s with default settings on the same nodes, while flotilla-node is stopped; on the host one member of\n", strings.TrimSpace(version))
 	b.Printf("         %s with the v2 API, and fleetctl, which asks the first node over HTTP. It waits for what it starts, up to\n", etcd)
 	b.Printf("         %d units; it does not for more (--no-block). Starts come at any time between two passes of its agents. Units\n", fleetBlocks)

@@ -108,14 +108,17 @@ func onCluster(ctx context.Context, b *harness.Bench, o options, c *cluster) err
 		return err
 	}
 	b.Printf("\n%d node(s)\n", len(c.nodes))
-	err := measure(ctx, b, o, ours)
-	if err = errors.Join(err, ours.clear(ctx)); err != nil || !o.fleet.given() {
+	if err := measure(ctx, b, o, ours); err != nil {
+		return err
+	}
+	if err := ours.clear(ctx); err != nil || !o.fleet.given() {
 		return err
 	}
 	f := &fleet{cluster: c, programs: o.fleet}
 	theirs := &system{daemons: f, name: "fleet", cluster: c, pass: fleetPass, sweep: f.sweep}
 	b.Printf("\nfleet on %d node(s)\n", len(c.nodes))
-	if err = f.up(ctx); err == nil {
+	err := f.up(ctx)
+	if err == nil {
 		err = measure(ctx, b, o, theirs)
 	}
 	if err = errors.Join(err, f.down()); err != nil {
