@@ -1,5 +1,8 @@
 // Command propagation measures how long an acknowledged change in the store takes
-// until every node routes by it.
+// until every node routes by it; beside it confd with HAProxy, and Traefik, if
+// their programs are given. test/peers.sh builds them:
+//
+//	go run ./bench/propagation -confd .cache/peers/confd -traefik .cache/peers/traefik
 package main
 
 import (
@@ -8,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -22,147 +26,301 @@ const (
 	nodes = 3
 	// Networks 127.<n>.0.0/16 of the nodes, of the probed and of the other endpoints.
 	nodeNet, probeNet, bulkNet = 81, 82, 83
+	// and of the peers.
+	confdNet, traefikNet = 95, 96
 	// bar is the 99th percentile at the largest size, in ms.
 	bar = 25
 )
 
 func main() {
-	samples := flag.Int("samples", 400, "changes of each kind at each size")
-	harness.Main("propagation", claim, func(ctx context.Context, b *harness.Bench) error { return run(ctx, b, *samples) })
+	var o options
+	flag.IntVar(&o.samples, "samples", 400, "changes of each kind at each size")
+	flag.StringVar(&o.confd, "confd", "", "the real confd, to measure beside ours with the same HAProxy")
+	flag.StringVar(&o.traefik, "traefik", "", "the real Traefik, to measure beside ours")
+	flag.IntVar(&o.peerSamples, "peer-samples", 100, "changes of each kind at each size, with a peer")
+	flag.IntVar(&o.peerServices, "peer-services", 1000, "the largest size at which peers are measured")
+	flag.DurationVar(&o.peerTime, "peer-time", 5*time.Minute, "when to end the samples of one kind at one size with a peer")
+	harness.Main("propagation", claim, func(ctx context.Context, b *harness.Bench) error {
+		if b.Quick {
+			o.samples, o.peerSamples = min(o.samples, 40), min(o.peerSamples, 10)
+		}
+		return run(ctx, b, o)
+	})
 }
 
-// bench is the running cluster and what watches it.
+// system is what is measured: our nodes, or a peer beside them.
+type system struct {
+	name    string
+	keys    keys
+	probes  []*harness.Client // one for each node
+	samples int               // changes of each kind at each size
+	most    int               // services; 0: any number
+	limit   time.Duration     // for the samples of one kind at one size; 0: none
+	rest    time.Duration     // between two changes, at least
+	prepare func(ctx context.Context, revision int64) error
+	stop    func() error // what prepare started; nil: nothing
+
+	size int // services that are written
+	turn int // of newEndpoint
+}
+
+// keys is how services are written for a system.
+type keys interface {
+	// service makes a service.
+	service(name string, endpoints ...string) []clientv3.Op
+	// move makes address the only endpoint of a service that has turn-1 moves behind it.
+	move(name string, turn int, address string) []clientv3.Op
+	// remove removes a service.
+	remove(name string) []clientv3.Op
+}
+
+// catalogKeys are those of our catalog, below a prefix if they are for others.
+type catalogKeys struct{ prefix string }
+
+func (k catalogKeys) service(name string, endpoints ...string) []clientv3.Op {
+	ops := []clientv3.Op{clientv3.OpPut(k.prefix+catalog.Prefix+name+"/scheme", "http")}
+	for i, e := range endpoints {
+		ops = append(ops, clientv3.OpPut(k.prefix+harness.EndpointKey(name, fmt.Sprint(i+1)), e))
+	}
+	return ops
+}
+
+func (k catalogKeys) move(name string, turn int, address string) []clientv3.Op {
+	return []clientv3.Op{
+		clientv3.OpPut(k.prefix+catalog.Prefix+name+"/scheme", "http"),
+		clientv3.OpPut(k.prefix+harness.EndpointKey(name, fmt.Sprint(turn)), address),
+		clientv3.OpDelete(k.prefix + harness.EndpointKey(name, fmt.Sprint(turn-1))),
+	}
+}
+
+func (k catalogKeys) remove(name string) []clientv3.Op {
+	return []clientv3.Op{clientv3.OpDelete(k.prefix+catalog.Prefix+name+"/", clientv3.WithPrefix())}
+}
+
+// bench is the running cluster and what its services lead to.
 type bench struct {
 	*harness.Bench
 	cluster   *harness.Cluster
-	probes    []*harness.Client
 	endpoints []*harness.Endpoint
-	turn      int // of newEndpoint
+	verdicts  []func()
+	failed    error // of peers
 }
 
-func run(ctx context.Context, hb *harness.Bench, samples int) (err error) {
-	if hb.Quick {
-		samples = min(samples, 40)
-	}
+func run(ctx context.Context, hb *harness.Bench, o options) (err error) {
 	b := &bench{Bench: hb}
 	b.Printf("setup    %d nodes, a store of %d members and %d HAProxys share this machine's cores with the probes\n", nodes, nodes, nodes)
 	b.Printf("endpoint one transaction puts an endpoint and deletes the only other one; the answer names the new one\n")
 	b.Printf("service  one transaction puts scheme and three endpoints of a new name; 404 before\n")
 	b.Printf("sample   from the store's answer until the last of the three nodes gives that answer, in ms; each node is asked\n")
-	b.Printf("         on a kept connection about once in 1 ms; 30 to 90 ms between samples\n")
+	b.Printf("         on a kept connection about once in 1 ms; 30 to 90 ms between changes\n")
 	b.cluster, err = b.StartCluster(ctx, nodeNet, nodes)
 	defer func() { err = errors.Join(err, b.cluster.Stop()) }()
 	if err != nil {
 		return err
 	}
+	ours := &system{name: "flotilla", keys: catalogKeys{}, samples: o.samples, prepare: b.cluster.Settle}
 	for i, n := range b.cluster.Nodes {
-		b.probes = append(b.probes, &harness.Client{Address: n.Address, KeepAlive: true})
+		ours.probes = append(ours.probes, &harness.Client{Address: n.Address, KeepAlive: true})
 		e, err := harness.Serve(harness.EndpointAddress(probeNet, i), fmt.Sprint(i))
 		if err != nil {
 			return err
 		}
 		b.endpoints = append(b.endpoints, e)
 	}
-	size := 0
-	var verdicts []func()
+	others, err := peers(ctx, b.Bench, b.cluster, o)
+	if err != nil {
+		return err
+	}
+	if len(others) > 0 {
+		b.Printf("peers    one on each node, with keys of its own in the same store, which only it follows; it runs only while it is\n")
+		b.Printf("         measured, our nodes stay and are idle then; %s more between changes\n", peerRest)
+	}
 	for _, n := range b.Sizes() {
-		b.Logf("%d services", n)
-		revision, err := b.cluster.PutServices(ctx, size, n, func(service, e int) string {
-			return harness.EndpointAddress(bulkNet, (service*3+e)%60000)
-		})
-		if err != nil {
+		if err := b.measureAll(ctx, n, ours, others); err != nil {
 			return err
 		}
-		size = n
-		if err := b.cluster.Settle(ctx, revision); err != nil {
-			return err
-		}
-		before, err := b.cluster.Reloads(ctx)
-		if err != nil {
-			return err
-		}
-		b.Printf("\n%d services of 3 endpoints\n", n)
-		for _, kind := range []struct {
-			name   string
-			sample func(context.Context, int) (float64, error)
-		}{{"endpoint", b.newEndpoint}, {"service", b.newService}} {
-			ms, err := b.collect(ctx, samples, kind.sample)
-			if err != nil {
-				return err
-			}
-			p99 := harness.Percentile(ms, 99)
-			b.Printf("%-8s n %d  p50 %.2f  p90 %.2f  p99 %.2f  max %.2f ms\n", kind.name, len(ms),
-				harness.Median(ms), harness.Percentile(ms, 90), p99, harness.Percentile(ms, 100))
-			b.Printf("         raw %s\n", harness.Join(ms, "%.1f"))
-			if n == b.Sizes()[len(b.Sizes())-1] {
-				verdicts = append(verdicts, func() { b.AtMost(fmt.Sprintf("p99 of a new %s at %d services", kind.name, n), p99, bar, " ms") })
-			}
-		}
-		after, err := b.cluster.Reloads(ctx)
-		if err != nil {
-			return err
-		}
-		verdicts = append(verdicts, func() {
-			b.AtMost(fmt.Sprintf("HAProxy reloads during the samples at %d services", n), float64(after-before), 0, "")
-		})
 	}
 	b.Printf("\n")
-	for _, v := range verdicts {
+	for _, v := range b.verdicts {
 		v()
+	}
+	return b.failed
+}
+
+// measureAll measures our nodes and then each peer with n services.
+func (b *bench) measureAll(ctx context.Context, n int, ours *system, others []*system) error {
+	b.Printf("\n%d services of 3 endpoints\n", n)
+	if err := b.fill(ctx, ours, n); err != nil {
+		return err
+	}
+	before, err := b.cluster.Reloads(ctx)
+	if err != nil {
+		return err
+	}
+	ms, err := b.measure(ctx, ours)
+	if err != nil {
+		return err
+	}
+	after, err := b.cluster.Reloads(ctx)
+	if err != nil {
+		return err
+	}
+	if n == b.Sizes()[len(b.Sizes())-1] {
+		for i, kind := range kinds {
+			p99 := harness.Percentile(ms[i], 99)
+			b.verdicts = append(b.verdicts, func() { b.AtMost(fmt.Sprintf("p99 of a new %s at %d services", kind.name, n), p99, bar, " ms") })
+		}
+	}
+	b.verdicts = append(b.verdicts, func() {
+		b.AtMost(fmt.Sprintf("HAProxy reloads during the samples at %d services", n), float64(after-before), 0, "")
+	})
+	for _, peer := range others {
+		if err := b.measurePeer(ctx, n, peer, ms); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			b.Printf("%-8s FAILED at %d services: %v\n", peer.name, n, err)
+			b.failed = errors.Join(b.failed, fmt.Errorf("%s at %d services: %w", peer.name, n, err))
+		}
 	}
 	return nil
 }
 
-// collect takes samples one after the other, at moments that keep no step with
-// any clock of the nodes.
-func (b *bench) collect(ctx context.Context, samples int, sample func(context.Context, int) (float64, error)) ([]float64, error) {
-	var all []float64
-	for i := range samples + 1 {
-		ms, err := sample(ctx, i)
+// measurePeer measures a peer with n services and compares it with our samples
+// of each kind.
+func (b *bench) measurePeer(ctx context.Context, n int, s *system, ours [][]float64) (err error) {
+	if s.most > 0 && n > s.most {
+		b.Printf("%-8s not measured: more than -peer-services %d\n", s.name, s.most)
+		return nil
+	}
+	defer func() { err = errors.Join(err, s.stop()) }()
+	if err := b.fill(ctx, s, n); err != nil {
+		return err
+	}
+	ms, err := b.measure(ctx, s)
+	if err != nil {
+		return err
+	}
+	for i, kind := range kinds {
+		ratio := func(p float64) float64 { return harness.Percentile(ours[i], p) / harness.Percentile(ms[i], p) }
+		b.Printf("ratio    %s, ours to %s's: p50 %.4f  p99 %.4f\n", kind.name, s.name, ratio(50), ratio(99))
+	}
+	return nil
+}
+
+// fill writes services until there are n, and prepares the system.
+func (b *bench) fill(ctx context.Context, s *system, n int) error {
+	b.Logf("%s: %d services", s.name, n)
+	revision, err := b.cluster.PutAll(ctx, s.size, n, func(i int) []clientv3.Op {
+		address := func(e int) string { return harness.EndpointAddress(bulkNet, (i*3+e)%60000) }
+		return s.keys.service(harness.ServiceName(i), address(1), address(2), address(3))
+	})
+	if err != nil {
+		return err
+	}
+	s.size = n
+	return s.prepare(ctx, revision)
+}
+
+// kinds are the changes that are measured.
+var kinds = []struct {
+	name   string
+	sample func(b *bench, ctx context.Context, s *system, i int) (float64, error)
+}{{"endpoint", (*bench).newEndpoint}, {"service", (*bench).newService}}
+
+// measure takes and prints the samples of each kind.
+func (b *bench) measure(ctx context.Context, s *system) ([][]float64, error) {
+	var all [][]float64
+	for _, kind := range kinds {
+		b.Logf("%s: new %ss", s.name, kind.name)
+		ms, err := b.collect(ctx, s, func(ctx context.Context, i int) (float64, error) { return kind.sample(b, ctx, s, i) })
 		if err != nil {
-			return nil, fmt.Errorf("sample %d: %w", i, err)
+			return nil, fmt.Errorf("new %s: %w", kind.name, err)
 		}
-		if i > 0 { // the first one opens connections
-			all = append(all, ms)
+		b.Printf("%-8s %-8s n %d  p50 %.2f  p90 %.2f  p99 %.2f  max %.2f ms\n", s.name, kind.name, len(ms),
+			harness.Median(ms), harness.Percentile(ms, 90), harness.Percentile(ms, 99), harness.Percentile(ms, 100))
+		if len(ms) < s.samples {
+			b.Printf("         %d samples instead of %d: they took longer than -peer-time %s\n", len(ms), s.samples, s.limit)
 		}
-		if err := harness.Pause(ctx, 30*time.Millisecond+rand.N(60*time.Millisecond)); err != nil {
-			return nil, err
-		}
+		b.Printf("         raw %s\n", harness.Join(ms, "%.1f"))
+		all = append(all, ms)
 	}
 	return all, nil
 }
 
-// newEndpoint moves the service "probe" from one endpoint to the next.
-func (b *bench) newEndpoint(ctx context.Context, _ int) (float64, error) {
-	b.turn++
-	i := b.turn % len(b.endpoints)
-	return b.measure(ctx, "probe", fmt.Sprint(i),
-		clientv3.OpPut(catalog.Prefix+"probe/scheme", "http"),
-		clientv3.OpPut(harness.EndpointKey("probe", fmt.Sprint(b.turn)), b.endpoints[i].Address),
-		clientv3.OpDelete(harness.EndpointKey("probe", fmt.Sprint(b.turn-1))))
+// How long a sample may take: the first one of a system that has just started,
+// and any other.
+const firstLimit, limit = 10 * time.Minute, 2 * time.Minute
+
+// collect takes samples one after the other, at moments that keep no step with
+// any clock of the nodes.
+func (b *bench) collect(ctx context.Context, s *system, sample func(context.Context, int) (float64, error)) ([]float64, error) {
+	timed := func(i int, limit time.Duration) (float64, error) {
+		ctx, cancel := context.WithTimeout(ctx, limit)
+		defer cancel()
+		ms, err := sample(ctx, i)
+		if err != nil {
+			return 0, fmt.Errorf("sample %d: %w", i, err)
+		}
+		return ms, b.pause(ctx, s)
+	}
+	if _, err := timed(0, firstLimit); err != nil { // it opens connections
+		return nil, err
+	}
+	var all []float64
+	for began := time.Now(); len(all) < s.samples && (s.limit == 0 || time.Since(began) < s.limit); {
+		ms, err := timed(len(all)+1, limit)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, ms)
+	}
+	return all, nil
 }
 
-// newService makes a service and removes it after it was seen.
-func (b *bench) newService(ctx context.Context, i int) (float64, error) {
+func (b *bench) pause(ctx context.Context, s *system) error {
+	return harness.Pause(ctx, s.rest+30*time.Millisecond+rand.N(60*time.Millisecond))
+}
+
+// newEndpoint moves the service "probe" from one endpoint to the next.
+func (b *bench) newEndpoint(ctx context.Context, s *system, _ int) (float64, error) {
+	s.turn++
+	i := s.turn % len(b.endpoints)
+	return b.change(ctx, s, func(ctx context.Context, p *harness.Client) (time.Time, error) {
+		return p.Until(ctx, "probe", fmt.Sprint(i))
+	}, s.keys.move("probe", s.turn, b.endpoints[i].Address)...)
+}
+
+// newService makes a service and removes it after it was seen. The next change
+// comes after no node routes it any more: nobody's samples are to hold the work of
+// removals.
+func (b *bench) newService(ctx context.Context, s *system, i int) (float64, error) {
 	name := fmt.Sprintf("new%d", i)
-	ms, err := b.measure(ctx, name, "", harness.ServiceOps(name, b.endpoints[0].Address, b.endpoints[1].Address, b.endpoints[2].Address)...)
+	ms, err := b.change(ctx, s, func(ctx context.Context, p *harness.Client) (time.Time, error) {
+		return p.Until(ctx, name, "")
+	}, s.keys.service(name, b.endpoints[0].Address, b.endpoints[1].Address, b.endpoints[2].Address)...)
 	if err != nil {
 		return 0, err
 	}
-	_, err = b.cluster.Store.Delete(ctx, catalog.Prefix+name+"/", clientv3.WithPrefix())
+	if err := b.pause(ctx, s); err != nil {
+		return 0, err
+	}
+	_, err = b.change(ctx, s, func(ctx context.Context, p *harness.Client) (time.Time, error) {
+		return p.UntilGone(ctx, name)
+	}, s.keys.remove(name)...)
 	return ms, err
 }
 
-// measure writes ops and returns the ms from the store's answer until every node
-// answers for service with want, or with any endpoint's name if want is "".
-func (b *bench) measure(ctx context.Context, service, want string, ops ...clientv3.Op) (float64, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+// change writes ops and returns the ms from the store's answer until seen has
+// returned for every node.
+func (b *bench) change(ctx context.Context, s *system, seen func(context.Context, *harness.Client) (time.Time, error), ops ...clientv3.Op) (float64, error) {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	seen := make([]time.Time, len(b.probes))
+	at := make([]time.Time, len(s.probes))
 	g, gctx := errgroup.WithContext(ctx)
-	for i, p := range b.probes {
+	for i, p := range s.probes {
 		g.Go(func() (err error) {
-			seen[i], err = p.Until(gctx, service, want)
+			at[i], err = seen(gctx, p)
 			return err
 		})
 	}
@@ -175,11 +333,6 @@ func (b *bench) measure(ctx context.Context, service, want string, ops ...client
 	if err := g.Wait(); err != nil {
 		return 0, err
 	}
-	last := seen[0]
-	for _, t := range seen {
-		if t.After(last) {
-			last = t
-		}
-	}
+	last := slices.MaxFunc(at, time.Time.Compare)
 	return last.Sub(acknowledged).Seconds() * 1000, nil
 }
