@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -183,23 +184,30 @@ type outcome struct {
 	gone    []string   // destroyed while they were waited for
 }
 
-// Pace of the questions to the node, and how long it may be silent.
+// Pace of the questions to the node, of how many units one is, and how long the
+// node may be silent.
 const (
 	firstPoll = 20 * time.Millisecond
 	lastPoll  = 250 * time.Millisecond
+	atOnce    = 100
 	silence   = 15 * time.Second
 )
 
-// await asks for all units at once, again and again, until each is where the
-// goal wants it or has failed, or time is up. It prints a line for each that is
-// there.
+// await asks for the units, again and again, until each is where the goal wants
+// it or has failed, or time is up. It prints a line for each that is there. Many
+// are asked for in turns: the node has better things to do.
 func (r *unitRun) await(ctx context.Context, names []string, g goal, w waiting) (outcome, error) {
 	var result outcome
 	since := map[string]time.Time{} // when a state in doubt was first seen
 	began, answered, pause := time.Now(), time.Now(), firstPoll
 	told := map[string]string{}
 	for len(names) > 0 {
-		found, err := r.units(ctx, names...)
+		over := w.limit() > 0 && time.Since(began) >= w.limit()
+		asked, others := names, []string(nil)
+		if !over {
+			asked, others = names[:min(atOnce, len(names))], names[min(atOnce, len(names)):]
+		}
+		found, err := r.units(ctx, asked...)
 		now := time.Now()
 		switch {
 		case ctx.Err() != nil:
@@ -209,9 +217,8 @@ func (r *unitRun) await(ctx context.Context, names []string, g goal, w waiting) 
 		case err == nil:
 			answered = now
 		}
-		over := w.limit() > 0 && now.Sub(began) >= w.limit()
-		var left []string
-		for _, name := range names {
+		left := slices.Clone(others)
+		for _, name := range asked {
 			u, ok := found[name]
 			switch {
 			case err != nil:
@@ -254,7 +261,7 @@ func (r *unitRun) await(ctx context.Context, names []string, g goal, w waiting) 
 			break
 		}
 		if r.fleet && w.limit() == 0 && now.Sub(began) > patience {
-			r.murmur(names, found, told)
+			r.murmur(left, found, told)
 		}
 		select {
 		case <-ctx.Done():
@@ -271,8 +278,10 @@ const patience = 5 * time.Second
 
 // murmur says on stderr what units wait for, each reason once.
 func (r *unitRun) murmur(names []string, found map[string]unitView, told map[string]string) {
-	for _, name := range names[:min(10, len(names))] {
-		if u, ok := found[name]; ok && told[name] != u.why() {
+	said := 0
+	for _, name := range names {
+		if u, ok := found[name]; ok && told[name] != u.why() && said < 10 {
+			said++
 			told[name] = u.why()
 			say(r.io.err, "Waiting for unit %s: %s\n", name, u.why())
 		}

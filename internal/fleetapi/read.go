@@ -121,7 +121,7 @@ func (v *view) name(keys registry.Keys, r record[registry.Unit]) string {
 // Patterns are those of path.Match; a name also matches itself, whatever is in
 // it.
 func (h *Handler) read(ctx context.Context, patterns []string) (*view, error) {
-	exact := len(patterns) > 0 && len(patterns) <= store.MaxOps && !slices.ContainsFunc(patterns, func(p string) bool { return strings.ContainsAny(p, `*?[\`) })
+	exact := len(patterns) > 0 && len(patterns) <= store.MaxOps && !slices.ContainsFunc(patterns, isWild)
 	if exact {
 		return h.readNamed(ctx, 0, patterns)
 	}
@@ -141,8 +141,9 @@ func (h *Handler) read(ctx context.Context, patterns []string) (*view, error) {
 		states:     h.statesOf(lists[5]),
 		machines:   byName[registry.Machine](prefixes[6], lists[6]),
 	}
+	matches := matcher(patterns)
 	for _, kv := range lists[0] {
-		if matches(patterns, strings.TrimPrefix(kv.Key, prefixes[0])) {
+		if matches(strings.TrimPrefix(kv.Key, prefixes[0])) {
 			v.units = append(v.units, recordOf[registry.Unit](kv, true))
 		}
 	}
@@ -228,12 +229,25 @@ func (h *Handler) statesOf(items []store.KV) []machineStates {
 	return all
 }
 
-func matches(patterns []string, name string) bool {
-	return len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool {
-		ok, err := path.Match(p, name)
-		return p == name || ok && err == nil
-	})
+// matcher returns what says whether a name matches one of the patterns. Names
+// are looked up: there may be hundreds.
+func matcher(patterns []string) func(name string) bool {
+	names, wild := map[string]bool{}, []string{}
+	for _, p := range patterns {
+		names[p] = true
+		if isWild(p) {
+			wild = append(wild, p)
+		}
+	}
+	return func(name string) bool {
+		return len(patterns) == 0 || names[name] || slices.ContainsFunc(wild, func(p string) bool {
+			ok, err := path.Match(p, name)
+			return ok && err == nil
+		})
+	}
 }
+
+func isWild(pattern string) bool { return strings.ContainsAny(pattern, `*?[\`) }
 
 // currentOf is what a unit that is not global has reached on its machine:
 // launched only if what was started there is what is wanted now.
