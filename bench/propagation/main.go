@@ -62,6 +62,7 @@ type system struct {
 
 	size int // services that are written
 	turn int // of newEndpoint
+	made int // by newService
 }
 
 // keys is how services are written for a system.
@@ -225,7 +226,7 @@ func (b *bench) fill(ctx context.Context, s *system, n int) error {
 // kinds are the changes that are measured.
 var kinds = []struct {
 	name   string
-	sample func(b *bench, ctx context.Context, s *system, i int) (float64, error)
+	sample func(b *bench, ctx context.Context, s *system) (float64, error)
 }{{"endpoint", (*bench).newEndpoint}, {"service", (*bench).newService}}
 
 // measure takes and prints the samples of each kind.
@@ -233,7 +234,7 @@ func (b *bench) measure(ctx context.Context, s *system) ([][]float64, error) {
 	var all [][]float64
 	for _, kind := range kinds {
 		b.Logf("%s: new %ss", s.name, kind.name)
-		ms, err := b.collect(ctx, s, func(ctx context.Context, i int) (float64, error) { return kind.sample(b, ctx, s, i) })
+		ms, err := b.collect(ctx, s, func(ctx context.Context) (float64, error) { return kind.sample(b, ctx, s) })
 		if err != nil {
 			return nil, fmt.Errorf("new %s: %w", kind.name, err)
 		}
@@ -254,11 +255,11 @@ const firstLimit, limit = 10 * time.Minute, 2 * time.Minute
 
 // collect takes samples one after the other, at moments that keep no step with
 // any clock of the nodes.
-func (b *bench) collect(ctx context.Context, s *system, sample func(context.Context, int) (float64, error)) ([]float64, error) {
+func (b *bench) collect(ctx context.Context, s *system, sample func(context.Context) (float64, error)) ([]float64, error) {
 	timed := func(i int, limit time.Duration) (float64, error) {
 		ctx, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
-		ms, err := sample(ctx, i)
+		ms, err := sample(ctx)
 		if err != nil {
 			return 0, fmt.Errorf("sample %d: %w", i, err)
 		}
@@ -283,7 +284,7 @@ func (b *bench) pause(ctx context.Context, s *system) error {
 }
 
 // newEndpoint moves the service "probe" from one endpoint to the next.
-func (b *bench) newEndpoint(ctx context.Context, s *system, _ int) (float64, error) {
+func (b *bench) newEndpoint(ctx context.Context, s *system) (float64, error) {
 	s.turn++
 	i := s.turn % len(b.endpoints)
 	return b.change(ctx, s, func(ctx context.Context, p *harness.Client) (time.Time, error) {
@@ -294,8 +295,9 @@ func (b *bench) newEndpoint(ctx context.Context, s *system, _ int) (float64, err
 // newService makes a service and removes it after it was seen. The next change
 // comes after no node routes it any more: nobody's samples are to hold the work of
 // removals.
-func (b *bench) newService(ctx context.Context, s *system, i int) (float64, error) {
-	name := fmt.Sprintf("new%d", i)
+func (b *bench) newService(ctx context.Context, s *system) (float64, error) {
+	s.made++
+	name := fmt.Sprintf("new%d", s.made)
 	ms, err := b.change(ctx, s, func(ctx context.Context, p *harness.Client) (time.Time, error) {
 		return p.Until(ctx, name, "")
 	}, s.keys.service(name, b.endpoints[0].Address, b.endpoints[1].Address, b.endpoints[2].Address)...)
