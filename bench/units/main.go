@@ -234,7 +234,7 @@ func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 	s.figure(figure{what: "writes to the store per unit at rest", value: writes.writes() / float64(o.many)}, 0)
 	s.figure(figure{what: "CPU of the busiest node process at rest", value: slices.Max(daemons), unit: " cores"}, barIdle)
 	for _, verb := range []string{"list-units", "list-unit-files"} {
-		var took []float64
+		var took, nothing []float64
 		for range 9 {
 			began := time.Now()
 			lines, err := s.output(ctx, verb, "--no-legend")
@@ -245,7 +245,13 @@ func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 				return fmt.Errorf("%s has %d lines, not %d", verb, n, o.many)
 			}
 			took = append(took, time.Since(began).Seconds())
+			began = time.Now()
+			if _, err := s.output(ctx, "version"); err != nil {
+				return err
+			}
+			nothing = append(nothing, time.Since(began).Seconds())
 		}
+		b.Printf("%s   of which the start of the program, as of one that only says its version: %.4f\n", verb, harness.Median(nothing))
 		b.Printf("%s   raw %s\n", verb, harness.Join(took, "%.4f"))
 		s.figure(figure{what: fmt.Sprintf("%s of %d units, median", verb, o.many), value: harness.Median(took), unit: " s"}, barList)
 	}

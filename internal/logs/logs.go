@@ -265,11 +265,14 @@ func parse(r *http.Request) (question, error) {
 
 func isPattern(name string) bool { return strings.ContainsAny(name, "*?[") }
 
+// matches reports whether one of the patterns means the unit; the type may be
+// left out for services.
 func matches(patterns []string, name string) bool {
-	return slices.ContainsFunc(patterns, func(p string) bool {
+	is := func(p string) bool {
 		ok, err := path.Match(p, name)
 		return p == name || err == nil && ok
-	})
+	}
+	return slices.ContainsFunc(patterns, func(p string) bool { return is(p) || is(p+".service") })
 }
 
 // view is where units are.

@@ -277,6 +277,7 @@ func TestMerge(t *testing.T) {
 
 	c.want("/v1/journal?unit=web@*&lines=4",
 		"node3 web@3.service line 5", "node1 web@1.service line 6", "node2 web@2.service line 7", "node3 web@3.service line 8")
+	c.want("/v1/journal?unit=*@3&lines=1", "node3 web@3.service line 8")
 	c.want("/v1/journal?unit=web@2.service&lines=2", "node2 web@2.service line 4", "node2 web@2.service line 7")
 	c.want("/v1/journal?unit=web@1.service&unit=db.service&lines=all",
 		"node1 web@1.service line 0", "node1 web@1.service line 3", "node2 db.service query", "node1 web@1.service line 6")
