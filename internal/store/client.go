@@ -69,6 +69,7 @@ type Client struct {
 
 	mu      sync.Mutex
 	members []string // client URLs that the members announce; guarded by mu
+	roster  []Member // see Members; guarded by mu
 	inUse   []string // what clientv3 was given last, best first; guarded by mu
 	cluster uint64   // id of the cluster that a configured endpoint last proved; 0 unknown; guarded by mu
 }

@@ -31,6 +31,7 @@ type probe struct {
 	etcd       *clientv3.Client
 	cluster    uint64   // that answered last
 	members    []string // client URLs of its voters, as they were announced last
+	roster     []Member // all members, as they were read last
 	err        error    // of the last round
 }
 
@@ -119,7 +120,7 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 	cluster := c.cluster
 	for _, p := range all {
 		if p.err == nil && p.cluster == cluster && p.members != nil {
-			c.members = c.usable(p.members)
+			c.members, c.roster = c.usable(p.members), p.roster
 			break
 		}
 	}
@@ -155,7 +156,7 @@ func (p *probe) read(ctx context.Context) {
 	resp, err := p.etcd.MemberList(ctx)
 	switch {
 	case err == nil:
-		p.cluster, p.members, p.err = resp.Header.ClusterId, voters(resp.Members), nil
+		p.cluster, p.members, p.roster, p.err = resp.Header.ClusterId, voters(resp.Members), roster(resp.Members), nil
 	case codeOf(err) == codes.PermissionDenied:
 		p.err = nil
 	default:
@@ -172,6 +173,61 @@ func voters(members []*etcdserverpb.Member) []string {
 		}
 	}
 	return urls
+}
+
+// roster returns what the list says of each member.
+func roster(members []*etcdserverpb.Member) []Member {
+	list := make([]Member, len(members))
+	for i, m := range members {
+		list[i] = Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
+		if len(m.ClientURLs) > 0 {
+			list[i].Endpoint = m.ClientURLs[0]
+		}
+	}
+	slices.SortFunc(list, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })
+	return list
+}
+
+// Members returns the members, voters and learners, as Run has last read them
+// linearizably: name, ID, Endpoint and Learner, by ID. While the store is away
+// the last list stays. It is nil if none was read, and must not be changed.
+func (c *Client) Members() []Member {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.roster
+}
+
+// Opinion is what one member says by itself, with a quorum or without.
+type Opinion struct {
+	ID      string   // of the member, hexadecimal
+	Led     bool     // it leads, or knows who does
+	Members []string // IDs of the members that it knows; nil from a learner, which does not tell
+}
+
+// Opinion asks the member at the endpoint, and no other. A member that has not
+// been part of a quorum since it was started does not answer.
+func (c *Client) Opinion(ctx context.Context, endpoint string) (o Opinion, err error) {
+	ctx, cancel := withLimit(ctx, readLimit)
+	defer cancel()
+	etcd, err := c.dial(endpoint)
+	if err != nil {
+		return o, err
+	}
+	defer func() { _ = etcd.Close() }()
+	st, err := etcd.Status(ctx, endpoint)
+	if err == nil && !st.IsLearner {
+		var list *clientv3.MemberListResponse
+		if list, err = etcd.MemberList(ctx, clientv3.WithSerializable()); err == nil {
+			for _, m := range roster(list.Members) {
+				o.Members = append(o.Members, m.ID)
+			}
+		}
+	}
+	if err != nil {
+		return o, fmt.Errorf("ask the member of the store at %s: %s", endpoint, short(err))
+	}
+	o.ID, o.Led = strconv.FormatUint(st.Header.MemberId, 16), st.Leader != 0
+	return o, nil
 }
 
 // usable returns the announced URLs that are not configured ones too.

@@ -39,6 +39,12 @@ func readMarker(path string) (marker, error) {
 	return m, nil
 }
 
+// MemberName returns the name of the member whose data is, or was, in dataDir.
+func MemberName(dataDir string) (string, error) {
+	m, err := readMarker(dataDir + ".member")
+	return m.Name, err
+}
+
 // write replaces the file so that a crash leaves the old or the new one.
 func (m marker) write(path string) error {
 	text, err := json.MarshalIndent(m, "", "  ")
