@@ -57,7 +57,12 @@ type Config struct {
 	StateDir string          // what was done; /run/flotilla/agent. It has to be gone after a reboot
 	Gate     string          // systemd.FenceGate
 	TTL      time.Duration   // of the Presence; store.DefaultTTL
-	Log      *slog.Logger    // required
+	// Leaderless proves that exclusive units may run on while the store is away:
+	// it reports whether each member of the store surely did not lead at some
+	// moment between the call and the return. Not to know is false. Its context
+	// ends a sixth of the TTL after the call. nil: no such proof can be had.
+	Leaderless func(context.Context) bool
+	Log        *slog.Logger // required
 }
 
 // ErrReplaced: another machine with this machine's ID has taken its place in
@@ -179,6 +184,10 @@ func (a *Agent) Generation() int64 {
 	}
 	return 0
 }
+
+// Machines returns the records of all machines, as the agent has last seen them.
+// It may be called from any goroutine.
+func (a *Agent) Machines() []registry.Machine { return a.view.everyone() }
 
 // Run makes the machine run its schedule until ctx ends, and returns nil then.
 // It leaves all units as they are. Errors: the directories cannot be made, or

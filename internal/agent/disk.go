@@ -7,7 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"flotilla/internal/unit"
 )
@@ -40,6 +44,7 @@ const (
 	dropInName = "50-flotilla.conf"
 	freshName  = ".new" // of a file before it is complete; no unit can be called so
 	soloName   = "solo" // see guard
+	t0Name     = "t0"   // see guard
 )
 
 func (d disk) unit(name string) string      { return filepath.Join(d.units, name) }
@@ -147,6 +152,44 @@ func (d disk) setSolo(solo bool) error {
 		return remove(filepath.Join(d.state, soloName))
 	}
 	return replace(d.state, soloName, "")
+}
+
+// t0 returns what was written with setT0 since the machine was booted, rounded
+// down; zero if there is nothing, or nothing that can be true.
+func (d disk) t0() time.Time {
+	text, err := os.ReadFile(filepath.Join(d.state, t0Name))
+	if err != nil {
+		return time.Time{}
+	}
+	at, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	now := time.Now()
+	up, bad := sinceBoot()
+	if err != nil || bad != nil || at <= 0 || time.Duration(at) > up {
+		return time.Time{}
+	}
+	return now.Add(time.Duration(at) - up)
+}
+
+// setT0 writes a moment down by the clock that counts from the machine's boot;
+// the zero Time removes what was written.
+func (d disk) setT0(t0 time.Time) error {
+	if t0.IsZero() {
+		return remove(filepath.Join(d.state, t0Name))
+	}
+	up, err := sinceBoot()
+	if err != nil {
+		return err
+	}
+	return replace(d.state, t0Name, strconv.FormatInt(int64(up-time.Since(t0)), 10)+"\n")
+}
+
+// sinceBoot is a clock that also counts the time that the machine is asleep.
+func sinceBoot() (time.Duration, error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0, fmt.Errorf("read the clock: %w", err)
+	}
+	return time.Duration(ts.Nano()), nil
 }
 
 // replace writes a file whole or not at all.

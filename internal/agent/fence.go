@@ -42,13 +42,39 @@ import (
 // moment one of the two protects. If it is not known whether the deletion was
 // done, the timer stays armed, which is always right.
 //
+// While the store is away nobody can take the units, if that is sure. It is when
+// each member of the store proves that at a moment of its own, between b when the
+// question was begun and e when it was answered, it did not lead. Then t0 may be
+// set to b, if t0 was younger than 8 s at e. For the key goes only if a leader
+// finds its lease expired, and none does before t0 + 12 s, which is more than 4 s
+// after e. The member that leads then did not at its moment, which was after b;
+// so it became leader after b, and a member that becomes leader fills every
+// lease up to the whole TTL before it looks for expired ones: it finds this one
+// expired at b + 12 s at the earliest. So t0 moves on from proof to proof. One
+// that comes too late counts for nothing, for the key may be gone already; and
+// none counts any more once the lease or the record is known to be lost.
+// A majority would not do: a frozen leader that goes on again may still revoke
+// leases, with the followers that it had.
+//
+// t0 outlives this process, in a file that a reboot removes. So the next process
+// can go on proving; all else that it may do, it may do with the renewals of its
+// own only. In particular starts are still asked of the store.
+//
 // Not covered: a virtual machine that is paused for longer than the lease runs
 // its units from when it goes on until its timer goes off, at once; storage can
-// tell the copies apart by FLOTILLA_EPOCH.
+// tell the copies apart by FLOTILLA_EPOCH. A member of the store that was added,
+// made a voter and elected since this machine last read who the members are,
+// which it does every 2 s, is not asked.
 //
 // The times are of a lease of 12 s and grow and shrink with it.
 func stopAfter(ttl time.Duration) time.Duration { return ttl * 2 / 3 }
 func killAfter(ttl time.Duration) time.Duration { return ttl * 19 / 24 }
+
+// Proofs are asked for when no renewal was confirmed for askAfter, every askEach,
+// for askLimit at most.
+func askAfter(ttl time.Duration) time.Duration { return ttl / 3 }
+func askEach(ttl time.Duration) time.Duration  { return ttl / 12 }
+func askLimit(ttl time.Duration) time.Duration { return ttl / 6 }
 
 const (
 	forEver  = 10 * 365 * 24 * time.Hour
@@ -79,7 +105,38 @@ type stand struct {
 	halted  bool          // the units were stopped since it was armed
 	kills   int           // rounds of killing since it was armed
 	present time.Time     // the present moment
-	t0      time.Time     // of the last confirmed renewal; zero if none counts
+	t0      time.Time     // from which the record is there for the TTL at least; zero if that is not known
+
+	confirmed time.Time // t0 of the last confirmed renewal; zero if none counts
+	proven    time.Time // t0 of the last proof, also one of an earlier process; zero if none counts
+	carried   bool      // it is by proofs of this process that the units run
+}
+
+// date sets t0 by what counts now. lost says that the record is known to be gone.
+func (s *stand) date(now, confirmed time.Time, lost bool) {
+	if lost {
+		s.proven = time.Time{}
+	}
+	s.present, s.confirmed, s.t0 = now, confirmed, confirmed
+	if s.proven.After(confirmed) {
+		s.t0 = s.proven
+	}
+}
+
+// asks reports whether a proof is to be asked for.
+func (s stand) asks() bool {
+	return s.needed && !s.solo && s.young() && s.present.Sub(s.confirmed) >= askAfter(s.ttl)
+}
+
+// prove takes in a proof that was asked for at a moment, and has been answered
+// at the present one. It reports whether it counts.
+func (s *stand) prove(asked time.Time) bool {
+	if !s.young() || asked.Before(s.proven) {
+		return false
+	}
+	s.proven = asked
+	s.date(s.present, s.confirmed, false)
+	return true
 }
 
 // next returns what to do now and, for rest, for how long nothing is to do; 0
@@ -116,7 +173,12 @@ func (s stand) next() (duty, time.Duration) {
 	return rest, wait
 }
 
-func (s stand) young() bool { return !s.t0.IsZero() && s.present.Sub(s.t0) < stopAfter(s.ttl) }
+func (s stand) young() bool   { return s.younger(s.t0) }
+func (s stand) renewed() bool { return s.younger(s.confirmed) }
+
+func (s stand) younger(t0 time.Time) bool {
+	return !t0.IsZero() && s.present.Sub(t0) < stopAfter(s.ttl)
+}
 
 // open reports whether exclusive units may be started.
 func (s stand) open() bool {
@@ -136,10 +198,18 @@ type guard struct {
 	fenced   bool     // they were stopped or killed, and the loop does not know yet
 	verified bool     // the solo record was found in the store since this process began
 	gone     bool     // there is no solo record of ours
+
+	// What follows belongs to the goroutine of run.
+	kept     time.Time // t0 that the next process will find
+	carrying bool      // it was said that the units run without the store
 }
 
 func newGuard(a *Agent) *guard {
-	return &guard{a: a, wake: make(chan struct{}, 1), stand: stand{ttl: a.cfg.TTL, closed: true, armed: time.Now(), solo: a.disk.solo()}}
+	g := &guard{a: a, wake: make(chan struct{}, 1), stand: stand{ttl: a.cfg.TTL, closed: true, armed: time.Now(), solo: a.disk.solo()}}
+	if a.cfg.Leaderless != nil {
+		g.stand.proven = a.disk.t0()
+	}
+	return g
 }
 
 // set says which exclusive units are on this machine.
@@ -188,12 +258,15 @@ func (g *guard) read() fence {
 // run on, and the next process has as long as that to renew the lease.
 func (g *guard) run(ctx context.Context) error {
 	defer g.stops.Wait()
+	if g.a.cfg.Leaderless != nil {
+		var asking sync.WaitGroup
+		asking.Go(func() { g.ask(ctx) })
+		defer asking.Wait()
+	}
 	for ctx.Err() == nil {
-		t0 := g.a.place.t0()
-		g.mu.Lock()
-		g.stand.t0, g.stand.present = t0, time.Now()
-		s := g.stand
-		g.mu.Unlock()
+		s := g.date()
+		g.keep(s)
+		g.tell(s)
 		do, wait := s.next()
 		if do != rest {
 			err := g.do(ctx, do, s)
@@ -209,7 +282,7 @@ func (g *guard) run(ctx context.Context) error {
 			}
 			wait = armAgain
 		}
-		if s.young() {
+		if s.renewed() {
 			if again := g.settleSolo(ctx, s); again > 0 && (wait == 0 || again < wait) {
 				wait = again
 			}
@@ -226,6 +299,72 @@ func (g *guard) run(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// date brings the stand up to date and returns it.
+func (g *guard) date() stand {
+	confirmed, lost := g.a.place.t0(), g.a.place.lost()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.stand.date(time.Now(), confirmed, lost)
+	return g.stand
+}
+
+// ask asks for proofs until ctx ends, while they could carry the units.
+func (g *guard) ask(ctx context.Context) {
+	ttl := g.a.cfg.TTL
+	tick := time.NewTicker(askEach(ttl))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if !g.date().asks() {
+			continue
+		}
+		asked := time.Now()
+		qctx, cancel := context.WithTimeout(ctx, askLimit(ttl))
+		proven := g.a.cfg.Leaderless(qctx)
+		cancel()
+		if !proven {
+			continue
+		}
+		g.date() // what was lost meanwhile counts no more
+		g.note(func(s *stand) { s.carried = s.prove(asked) || s.carried })
+		g.poke()
+	}
+}
+
+// keep leaves t0 to the next process.
+func (g *guard) keep(s stand) {
+	if !s.needed { // or a file would be written with each renewal
+		s.t0 = time.Time{}
+	}
+	if g.a.cfg.Leaderless == nil || s.t0.Equal(g.kept) {
+		return
+	}
+	if err := g.a.disk.setT0(s.t0); err != nil {
+		g.a.log.Debug("the next process will not know how long the units may run", "err", err)
+		return
+	}
+	g.kept = s.t0
+}
+
+// tell logs when the units run by proofs, and when no longer.
+func (g *guard) tell(s stand) {
+	switch runs := s.carried && s.needed && !s.solo && s.young() && !s.renewed(); {
+	case runs && !g.carrying:
+		g.a.log.Info("the store has no leader: exclusive units run on")
+	case !runs && g.carrying && s.renewed():
+		g.a.log.Info("the store confirms this machine again: exclusive units ran on")
+	case !runs && g.carrying:
+		g.a.log.Warn("nobody can say any more that the store has no leader: exclusive units do not run on")
+	default:
+		return
+	}
+	g.carrying = !g.carrying
 }
 
 func (g *guard) do(ctx context.Context, do duty, s stand) error {
@@ -270,7 +409,7 @@ func (g *guard) do(ctx context.Context, do duty, s stand) error {
 		g.mu.Unlock()
 		why := "the store does not confirm that this machine is there"
 		if !t0.IsZero() && time.Since(t0) < stopAfter(g.a.cfg.TTL) {
-			why = "systemd does not put off its timer in time, although the store confirms that this machine is there"
+			why = "systemd does not put off its timer in time, although nobody else may run them yet"
 		}
 		g.a.log.Warn("stopping the exclusive units: "+why, "units", len(units))
 		g.note(func(s *stand) { s.halted, g.fenced = true, true })

@@ -1,9 +1,16 @@
 package agent
 
 import (
+	"context"
 	"errors"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -104,6 +111,197 @@ func TestDutiesHold(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestProofs(t *testing.T) {
+	begin := time.Now()
+	at := func(s float64) time.Time { return begin.Add(time.Duration(s * float64(time.Second))) }
+	never := time.Time{}
+	for _, tc := range []struct {
+		name              string
+		confirmed, proven time.Time
+		lost              bool
+		asked, answered   time.Time
+		asks              bool
+		t0                time.Time // after the proof
+	}{
+		{"the store is there", at(0), never, false, at(3.9), at(4), false, at(3.9)},
+		{"it does not answer", at(0), never, false, at(4), at(6), true, at(4)},
+		{"the last moment to ask", at(0), never, false, at(7.9), at(7.95), true, at(7.9)},
+		{"answered too late", at(0), never, false, at(7), at(8), true, at(0)},
+		{"asked too late", at(0), never, false, at(8), at(8.1), false, at(0)},
+		{"from proof to proof", at(0), at(50), false, at(51), at(51.1), true, at(51)},
+		{"the last proof is too old", at(0), at(50), false, at(58), at(58.1), false, at(50)},
+		{"of an earlier process", never, at(-3), false, at(1), at(1.1), true, at(1)},
+		{"nothing is known", never, never, false, at(1), at(1.1), false, never},
+		{"the record is lost", never, at(50), true, at(51), at(51.1), false, never},
+		{"confirmed meanwhile", at(51), at(50), false, at(50.5), at(51.5), false, at(51)},
+	} {
+		s := stand{ttl: store.DefaultTTL, needed: true, proven: tc.proven}
+		s.date(tc.asked, tc.confirmed, tc.lost)
+		if s.asks() != tc.asks {
+			t.Errorf("%s: asks %v", tc.name, s.asks())
+		}
+		for _, not := range []stand{{needed: false, solo: false}, {needed: true, solo: true}} {
+			o := s
+			if o.needed, o.solo = not.needed, not.solo; o.asks() {
+				t.Errorf("%s: it asks for nothing", tc.name)
+			}
+		}
+		s.date(tc.answered, tc.confirmed, tc.lost)
+		counts := s.prove(tc.asked)
+		if !s.t0.Equal(tc.t0) || counts && !s.proven.Equal(tc.asked) {
+			t.Errorf("%s: counts %v, t0 is %s after the beginning", tc.name, counts, s.t0.Sub(begin))
+		}
+	}
+}
+
+// A model of a store whose members lead, die and come back as they like: the
+// machine's record is there until killAfter the newest t0, and longer.
+func TestProofsHold(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		const members = 3
+		begin := time.Now()
+		s := stand{ttl: store.DefaultTTL, needed: true}
+		leader, expires := 0, begin.Add(s.ttl) // -1: none; the lease as the leader counts it
+		confirmed := begin
+		var asked time.Time
+		var open [members]bool // has not yet proven
+		proofs := 0
+		now := begin
+		for range 300 {
+			now = now.Add(time.Duration(rapid.IntRange(1, 400).Draw(t, "ms")) * time.Millisecond)
+			if rapid.IntRange(0, 9).Draw(t, "elect") == 0 {
+				leader = rapid.IntRange(-1, members-1).Draw(t, "leader")
+				expires = now.Add(s.ttl)
+			}
+			if leader >= 0 && rapid.IntRange(0, 19).Draw(t, "renew") == 0 {
+				confirmed, expires = now, now.Add(s.ttl)
+			}
+			if leader >= 0 && !now.Before(expires) {
+				if age := now.Sub(s.t0); age < killAfter(s.ttl) {
+					t.Fatalf("the record is gone %s after t0", age)
+				}
+				return
+			}
+			s.date(now, confirmed, false)
+			if asked.IsZero() && s.asks() {
+				asked, open = now, [members]bool{true, true, true}
+			}
+			for m := range members {
+				if m != leader && rapid.Bool().Draw(t, "answers") {
+					open[m] = false
+				}
+			}
+			switch {
+			case asked.IsZero():
+			case now.Sub(asked) > askLimit(s.ttl):
+				asked = time.Time{}
+			case open == [members]bool{}:
+				if s.prove(asked) {
+					proofs++
+				}
+				asked = time.Time{}
+			}
+		}
+	})
+}
+
+func TestT0OnDisk(t *testing.T) {
+	d := disk{state: t.TempDir()}
+	if got := d.t0(); !got.IsZero() {
+		t.Errorf("there is a t0 of %s ago", time.Since(got))
+	}
+	want := time.Now().Add(-3 * time.Second)
+	if err := d.setT0(want); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.t0(); got.IsZero() || got.After(want) {
+		t.Errorf("it is %s later", got.Sub(want))
+	}
+	for _, text := range []string{"", "x", "-5", "0", "99999999999999999999", strconv.FormatInt(math.MaxInt64, 10)} {
+		if err := os.WriteFile(filepath.Join(d.state, t0Name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := d.t0(); !got.IsZero() {
+			t.Errorf("%q: it is %s ago", text, time.Since(got))
+		}
+	}
+	if err := d.setT0(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(d.state, t0Name)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the file is there: %v", err)
+	}
+}
+
+// The store is away and proven to have no leader: exclusive units run on, also
+// behind another agent, which starts none; until the proof ends.
+func TestProofsCarryUnits(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 12 * time.Second
+	var proofs atomic.Int64
+	var sure atomic.Bool
+	r.leaderless = func(context.Context) bool {
+		if sure.Load() {
+			proofs.Add(1)
+		}
+		return sure.Load()
+	}
+	r.second()
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.waitActive("e.service")
+	was := r.fake.invocation("e.service")
+	sure.Store(true)
+	r.proxy.Cut()
+	began := time.Now()
+	r.wait("proofs", func() bool { return proofs.Load() > 2 })
+	p.finish()
+	p = r.begin()
+	r.wait("the time of the fence to pass twice", func() bool { return time.Since(began) > 2*killAfter(r.ttl) })
+	if r.fake.invocation("e.service") != was || r.fake.active("e.service") != "active" {
+		t.Errorf("it was touched: %v", r.fake.did())
+	}
+	if f := p.guard.look(); !f.Open {
+		t.Error("the fence is not armed")
+	}
+	if err := p.mayStart(t.Context(), "e.service", 0, 0); !errors.Is(err, errNotNow) {
+		t.Errorf("it may start: %v", err)
+	}
+	sure.Store(false)
+	r.wait("it to be stopped", func() bool { return r.fake.active("e.service") != "active" })
+	if !slices.Contains(r.fake.did(), "stopped e.service") {
+		t.Errorf("it was killed and not stopped: %v", r.fake.did())
+	}
+	// What is proven now comes too late.
+	sure.Store(true)
+	r.wait("the fence to stay closed", func() bool { return time.Since(p.guard.date().t0) > killAfter(r.ttl) })
+	if p.guard.date().asks() {
+		t.Error("it asks for more")
+	}
+	r.check()
+}
+
+// The machine's record is known to be gone: no proof helps.
+func TestProofsEndWithTheRecord(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ttl = 6 * time.Second
+	r.leaderless = func(context.Context) bool { return true }
+	r.second()
+	p := r.begin()
+	r.place("e.service", service("run", exclusive), registry.Launched)
+	r.waitActive("e.service")
+	r.proxy.Cut()
+	r.wait("proofs to carry it", func() bool { s := p.guard.date(); return s.young() && !s.renewed() })
+	r.wait("the record to be gone", func() bool { _, there := r.get(r.keys.Machine(r.machine.ID)); return !there })
+	r.proxy.Mend()
+	r.wait("the proofs to be dropped", func() bool { return p.guard.date().proven.IsZero() })
+	r.wait("it to be stopped", func() bool { return r.fake.active("e.service") != "active" })
+	r.check()
 }
 
 // second registers another machine.

@@ -71,6 +71,19 @@ func (p *place) t0() time.Time {
 	return now
 }
 
+// lost reports whether it is known that the record is gone: the lease was lost,
+// or the store has said that the record was removed or is another machine's.
+func (p *place) lost() bool {
+	p.mu.Lock()
+	last := p.last
+	p.mu.Unlock()
+	if !last.IsZero() && p.a.cfg.Presence.Confirmed().IsZero() {
+		return true
+	}
+	_, _, known := p.a.view.others()
+	return known && !sameMachine(p.a.view.self().Machine, p.a.cfg.Machine)
+}
+
 // run writes the record of this machine, unless another machine that is there
 // has the same ID, and watches over it.
 func (p *place) run(ctx context.Context) error {

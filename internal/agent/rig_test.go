@@ -30,6 +30,8 @@ type rig struct {
 	real    Systemd // if there is no fake
 	dir     string
 	ttl     time.Duration
+
+	leaderless func(context.Context) bool
 }
 
 func newRig(t testing.TB) *rig {
@@ -83,7 +85,7 @@ func (r *rig) begin() *process {
 	}
 	p := &process{rig: r, presence: store.NewPresence(c, r.ttl, logger(r.t)), ended: make(chan error, 1)}
 	p.presence.Linger(true)
-	cfg := Config{Machine: r.machine, Keys: r.keys, Store: c, Presence: p.presence, TTL: r.ttl, Log: logger(r.t)}
+	cfg := Config{Machine: r.machine, Keys: r.keys, Store: c, Presence: p.presence, TTL: r.ttl, Leaderless: r.leaderless, Log: logger(r.t)}
 	if r.fake != nil {
 		cfg.Systemd, cfg.UnitsDir, cfg.DropIns, cfg.StateDir, cfg.Gate = r.fake, r.fake.units, r.fake.dropIns, filepath.Join(r.dir, "state"), r.fake.gate
 	} else {

@@ -334,6 +334,17 @@ func (v *view) self() machine {
 	return v.machines[v.own]
 }
 
+// everyone returns the records of all machines.
+func (v *view) everyone() []registry.Machine {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	all := make([]registry.Machine, 0, len(v.machines))
+	for _, m := range v.machines {
+		all = append(all, m.Machine)
+	}
+	return all
+}
+
 // others returns how many other machines there are, and the revision at which
 // that was so; false if it is not known.
 func (v *view) others() (n int, at int64, ok bool) {
