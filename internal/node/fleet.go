@@ -40,9 +40,11 @@ type fleet struct {
 	engine  *engine.Engine
 	handler *fleetapi.Handler
 	logs    *logs.Server
-	agent   atomic.Pointer[agent.Agent] // the present one; nil before the first and where none is run
-	left    chan struct{}               // closed when the machine has left for good
-	leaving sync.Once                   // closes left
+	// nil: that the store has no leader cannot be proven here
+	leaderless *leaderless
+	agent      atomic.Pointer[agent.Agent] // the present one; nil before the first and where none is run
+	left       chan struct{}               // closed when the machine has left for good
+	leaving    sync.Once                   // closes left
 }
 
 func (n *node) openFleet() (err error) {
@@ -65,6 +67,7 @@ func (n *node) openFleet() (err error) {
 		Store: n.client, Keys: f.keys, Self: func() string { return f.machine.ID }, Own: f.own,
 		Journal: systemd.Journal, Show: systemd.Show, Log: n.log,
 	})
+	f.leaderless = n.openLeaderless()
 	return nil
 }
 
@@ -94,7 +97,10 @@ func (n *node) fleetParts() []part {
 	if n.fleet.systemd != nil {
 		parts = append(parts, part{"systemd", n.fleet.systemd.Run}, part{"units", n.runUnits})
 		if n.cfg.APIPort != 0 {
-			parts = append(parts, part{"logs for other nodes", n.serveLogs})
+			parts = append(parts, part{"answers to other nodes", n.serveOthers})
+		}
+		if n.fleet.leaderless != nil {
+			parts = append(parts, part{"members of the store", n.fleet.leaderless.run})
 		}
 	}
 	if n.cfg.Engine {
@@ -141,10 +147,14 @@ func (n *node) runAgent(ctx context.Context) error {
 	ttl := time.Duration(n.cfg.MachineTTL) * time.Second
 	presence := store.NewPresence(n.client, ttl, n.log)
 	presence.Linger(true)
-	a := agent.New(agent.Config{
+	cfg := agent.Config{
 		Machine: n.fleet.machine, Keys: n.fleet.keys, Store: n.client, Presence: presence, Systemd: n.fleet.systemd,
 		UnitsDir: n.cfg.UnitsDir, TTL: ttl, Log: n.log,
-	})
+	}
+	if n.fleet.leaderless != nil {
+		cfg.Leaderless = n.fleet.leaderless.proven
+	}
+	a := agent.New(cfg)
 	n.fleet.agent.Store(a)
 	pctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
@@ -205,15 +215,6 @@ func (n *node) tellSilence(ctx context.Context, p *store.Presence, ttl time.Dura
 		}
 		known = alive
 	}
-}
-
-// serveLogs serves what other nodes ask of this one.
-func (n *node) serveLogs(ctx context.Context) error {
-	l, err := net.Listen("tcp", n.fleet.machine.API)
-	if err != nil {
-		return fmt.Errorf("--api-port %d: %w", n.cfg.APIPort, err)
-	}
-	return api.Serve(ctx, n.fleet.logs.Local(), n.log, l)
 }
 
 // listeners opens what serves the whole API beside its own socket: the sockets

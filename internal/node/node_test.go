@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	os.Exit(m.Run())
+	storetest.Main(m)
 }
 
 // testConfig returns the configuration of a node on an address of its own.
