@@ -63,8 +63,8 @@ import (
 // Not covered: a virtual machine that is paused for longer than the lease runs
 // its units from when it goes on until its timer goes off, at once; storage can
 // tell the copies apart by FLOTILLA_EPOCH. A member of the store that was added,
-// made a voter and elected since this machine last read who the members are,
-// which it does every 2 s, is not asked.
+// made a voter and elected in the seconds between two proofs, or between the last
+// look at the list of members, every 2 s, and the first proof, is not asked.
 //
 // The times are of a lease of 12 s and grow and shrink with it.
 func stopAfter(ttl time.Duration) time.Duration { return ttl * 2 / 3 }
