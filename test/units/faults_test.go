@@ -318,54 +318,95 @@ func TestStoreLeaderLost(t *testing.T) {
 	c.untouched(t, "'still-*'", before, c.nodes...)
 }
 
-// TestStoreAway: the store is away for a minute, and nodes are killed meanwhile.
-// Units run on; exclusive ones stop, for nobody can know who else runs them, and
-// are back with the store.
-func TestStoreAway(t *testing.T) {
-	c := faulty(t)
+// storeAway takes the store away from all nodes, and returns what brings it back,
+// on one node after the other: members that start at the same moment wait for
+// each other's checksums for up to 14 s, and nothing is known of them meanwhile.
+func (c *cluster) storeAway(t *testing.T) (back func()) {
+	t.Helper()
 	// A node that starts wants its store: a condition keeps that from starting.
 	const away = "/run/systemd/system/flotilla-store.service.d"
 	leave := "mkdir -p " + away + "; printf '[Unit]\\nConditionPathExists=/nowhere\\n' >" + away + "/away.conf; systemctl daemon-reload; systemctl stop flotilla-store"
-	back := "rm -rf " + away + "; systemctl daemon-reload; systemctl start flotilla-store"
-	t.Cleanup(func() {
+	start := "rm -rf " + away + "; systemctl daemon-reload; systemctl start flotilla-store"
+	back = func() {
 		for _, n := range c.nodes {
-			c.inside(t, n, back)
+			c.inside(t, n, start)
 		}
-	})
+	}
+	t.Cleanup(back)
+	c.everywhere(t, func(node) string { return leave })
+	return back
+}
+
+// onlys starts one exclusive unit on each node, and returns their names.
+func (c *cluster) onlys(t *testing.T, prefix string) (names []string) {
+	t.Helper()
+	for _, n := range c.nodes {
+		name := prefix + n.Name + ".service"
+		c.start(t, n, beating(t, name, "[X-Fleet]", "Exclusive=yes"))
+		names = append(names, name)
+	}
+	return names
+}
+
+// TestStoreAway: the store is away for a minute, and nodes are killed meanwhile.
+// All units run on, exclusive ones too: that the store has no leader is proven,
+// so nobody can have been given them.
+func TestStoreAway(t *testing.T) {
+	c := faulty(t)
 	var paths []string
 	for i := range 6 {
 		paths = append(paths, unit(t, fmt.Sprintf("still-%d.service", i)))
 	}
-	c.start(t, node{}, append(paths, beating(t, "only-1.service", "[X-Fleet]", "Exclusive=yes"), beating(t, "only-2.service", "[X-Fleet]", "Exclusive=yes"), beating(t, "clock.service"))...)
+	only := c.onlys(t, "still-only-")
+	c.start(t, node{}, append(paths, beating(t, "clock.service"))...)
 	c.ok(t, "start", unit(t, "still-all.service", "[X-Fleet]", "Global=true"))
-	c.waitActive(t, 12)
+	c.waitActive(t, 13)
 	before := c.running(t, "'still-*' clock.service", c.nodes...)
 
-	c.each(func(n node) {
-		_ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, leave)
-	})
+	back := c.storeAway(t)
 	began := time.Now()
-	c.within(t, time.Minute, "the exclusive units to stop", func() bool {
-		return len(c.running(t, "'only-*'", c.nodes...)) == 0
-	})
-	t.Logf("exclusive units stopped %.1f s after the store", time.Since(began).Seconds())
+	c.within(t, time.Minute, "a proof to be needed", func() bool { return time.Since(began) > 15*time.Second })
+	c.untouched(t, "'still-*' clock.service", before, c.nodes...)
 	for _, n := range c.nodes[:2] {
 		c.inside(t, n, "systemctl kill -s KILL --kill-whom=main flotilla-node")
 	}
 	c.within(t, 2*time.Minute, "a minute to pass", func() bool { return time.Since(began) > time.Minute })
 	c.untouched(t, "'still-*' clock.service", before, c.nodes...)
-	if runs := c.running(t, "flotilla-store.service 'only-*'", c.nodes...); len(runs) > 0 {
+	if runs := c.running(t, "flotilla-store.service", c.nodes...); len(runs) > 0 {
 		t.Errorf("these run while the store is away: %v", runs)
 	}
-	c.each(func(n node) {
-		_ = c.run("", "cluster", "shell", "--cluster", c.name, n.Name, back)
-	})
+	back()
 	began = time.Now()
-	c.within(t, 2*time.Minute, "the exclusive units to run again", func() bool { return len(c.running(t, "'only-*'", c.nodes...)) == 2 })
-	t.Logf("exclusive units run again %.1f s after the store", time.Since(began).Seconds())
-	c.waitActive(t, 12)
+	c.within(t, 2*time.Minute, "the machines to be confirmed", func() bool { return len(c.machines(t)) == 3 })
+	t.Logf("the store answers again %.1f s after it was started", time.Since(began).Seconds())
+	c.waitActive(t, 13)
+	c.within(t, time.Minute, "what it has missed to happen", func() bool { return time.Since(began) > 30*time.Second })
 	c.untouched(t, "'still-*' clock.service", before, c.nodes...)
-	c.apart(t, "only-1.service", "only-2.service")
+	c.apart(t, only...)
+}
+
+// TestStoreAwayPartition: the store is away, and a node is cut off: what is on
+// the other side cannot be known, so exclusive units stop, and are back with the
+// store.
+func TestStoreAwayPartition(t *testing.T) {
+	c := faulty(t)
+	only, cut := c.onlys(t, "only-"), c.nodes[2]
+	c.start(t, cut, unit(t, "still.service"))
+	before := c.running(t, "still.service", c.nodes...)
+	back := c.storeAway(t)
+	c.link(t, cut, "down")
+	began := time.Now()
+	c.within(t, time.Minute, "the exclusive units to stop", func() bool { return len(c.running(t, "'only-*'", c.nodes...)) == 0 })
+	t.Logf("exclusive units stopped %.1f s after the store and the link", time.Since(began).Seconds())
+	c.untouched(t, "still.service", before, c.nodes...)
+	c.link(t, cut, "up")
+	back()
+	began = time.Now()
+	c.within(t, 2*time.Minute, "the exclusive units to run again", func() bool { return len(c.running(t, "'only-*'", c.nodes...)) == 3 })
+	t.Logf("exclusive units run again %.1f s after the store", time.Since(began).Seconds())
+	c.waitActive(t, 4)
+	c.untouched(t, "still.service", before, c.nodes...)
+	c.apart(t, only...)
 }
 
 // TestUpgrade: no unit notices that its node's process is another one.
