@@ -66,6 +66,7 @@ type Client struct {
 	configured []string // cfg.Endpoints with their schemes
 	etcd       *clientv3.Client
 	log        *slog.Logger
+	fresh      freshReads
 
 	mu      sync.Mutex
 	members []string // client URLs that the members announce; guarded by mu

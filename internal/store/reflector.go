@@ -46,7 +46,7 @@ type Status struct {
 // It proves every freshPeriod that it is current. It reads a key linearizably
 // and then asks the watch how far it is: only if the watch has passed the
 // revision of the read nothing can be missing. A watch that does not answer is
-// replaced.
+// replaced. The Reflectors of one Client share these reads.
 //
 // If the store is suddenly another cluster, or an older state of the same one
 // (a restore, a wrong address), the Reflector holds: it delivers nothing until
@@ -178,7 +178,7 @@ func (s *session) run(ctx context.Context) error {
 func (s *session) load(ctx context.Context) error {
 	began := time.Now()
 	if s.known.cluster != 0 { // a cheap look before the list
-		f := s.readFresh(ctx, s.known.revision)
+		f := s.c.readFresh(ctx, s.freshKey, 0).at(s.known.revision)
 		if f.err != nil {
 			return f.err
 		}
@@ -323,10 +323,14 @@ func (s *session) follow(ctx context.Context) error {
 
 		case <-tick.C:
 			floor := s.known.revision
-			running.Go(func() { reads <- s.readFresh(ctx, floor) })
+			gather := s.freshPeriod / 4
+			if !s.proved {
+				gather = 0
+			}
+			running.Go(func() { reads <- s.c.readFresh(ctx, s.freshKey, gather).at(floor) })
 
 		case f := <-reads:
-			tick.Reset(jitter(s.freshPeriod) - time.Since(f.began))
+			tick.Reset(s.freshPeriod + rand.N(s.freshPeriod/10) - time.Since(f.began))
 			if f.err != nil {
 				if s.misses++; s.misses >= 2 {
 					return f.err
@@ -423,33 +427,6 @@ func overlay(items []KV, events []Event) []KV {
 		}
 	}
 	return slices.SortedFunc(maps.Values(all), func(a, b KV) int { return strings.Compare(a.Key, b.Key) })
-}
-
-// fresh is the answer to one linearizable read.
-type fresh struct {
-	head
-	began time.Time
-	floor int64 // revision known when the read began
-	value string
-	err   error
-}
-
-// readFresh reads only what never changes in the session; it may run beside it.
-func (s *session) readFresh(ctx context.Context, floor int64) fresh {
-	f := fresh{began: time.Now(), floor: floor}
-	ctx, cancel := context.WithTimeout(ctx, readLimit)
-	defer cancel()
-	ctx, tried := recorded(ctx)
-	resp, err := s.c.etcd.Get(ctx, s.freshKey)
-	if err != nil {
-		f.err = s.c.explain("read "+s.freshKey, tried.cause(err))
-		return f
-	}
-	f.head = head{resp.Header.ClusterId, resp.Header.Revision}
-	if len(resp.Kvs) > 0 {
-		f.value = string(resp.Kvs[0].Value)
-	}
-	return f
 }
 
 // batch is what a watch has sent since the last batch was taken.
