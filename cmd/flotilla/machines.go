@@ -65,19 +65,23 @@ func (c *cli) machinesList(use, fields string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var all []fleetapi.Machine
+			var answer fleetapi.Machines
 			if c.fleet {
-				all, err = c.fleetMachines(cmd.Context())
+				answer.Machines, err = c.fleetMachines(cmd.Context())
 			} else {
-				all, err = c.machines(cmd.Context())
+				answer, err = c.machinesAndFailover(cmd.Context())
 			}
 			if err != nil {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), append([]fleetapi.Machine{}, all...))
+				return sayJSON(cmd.OutOrStdout(), append([]fleetapi.Machine{}, answer.Machines...))
 			}
-			tabs(cmd.OutOrStdout(), rows(&l, cols, machineFields, all))
+			tabs(cmd.OutOrStdout(), rows(&l, cols, machineFields, answer.Machines))
+			if f := answer.Failover; f != nil && !f.Allowed && len(f.Held) > 0 {
+				say(cmd.ErrOrStderr(), "flotilla: %s vanished together: their units wait until %s, unless you say: flotilla failover allow\n",
+					count(len(f.Held), "machine"), time.Unix(f.Until, 0).Format(time.TimeOnly))
+			}
 			return nil
 		},
 	}

@@ -125,11 +125,13 @@ func (c *cli) changeUnits(ctx context.Context, change fleetapi.Changes) (map[str
 
 // machines returns all registered machines by ID.
 func (c *cli) machines(ctx context.Context) ([]fleetapi.Machine, error) {
-	var answer fleetapi.Machines
-	if err := c.dial().Do(ctx, http.MethodGet, "/v1/machines", nil, nil, &answer); err != nil {
-		return nil, err
-	}
-	return answer.Machines, nil
+	answer, err := c.machinesAndFailover(ctx)
+	return answer.Machines, err
+}
+
+func (c *cli) machinesAndFailover(ctx context.Context) (answer fleetapi.Machines, err error) {
+	err = c.dial().Do(ctx, http.MethodGet, "/v1/machines", nil, nil, &answer)
+	return answer, err
 }
 
 // findMachine returns the machine that text means: its ID, a beginning of it

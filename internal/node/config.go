@@ -117,7 +117,7 @@ type Config struct {
 	// APIListen lists further ip:port or unix sockets that serve the whole API.
 	APIListen []string `yaml:"api-listen" help:"further ip:port or unix:PATH to serve the API on; whoever reaches it is root (repeatable)"`
 	// APIPort is where other nodes read the logs of this one; 0: nowhere.
-	APIPort int `yaml:"api-port" help:"port on which other nodes read logs of units (0: off)"`
+	APIPort int `yaml:"api-port" help:"port on which other nodes read logs of units, and ask whether the store has a leader (0: off)"`
 	// TokenLimit is the length of a page of fleet's API.
 	TokenLimit int `yaml:"token-limit" help:"entries on one page of fleet's API"`
 	// UnitsOnly leaves out routing and DNS.
@@ -295,7 +295,7 @@ func (c *Config) Ports() []Port {
 		}
 	}
 	if c.APIPort != 0 && c.RunsUnits() {
-		list = append(list, Port{"api-port", c.APIPort, "logs of units"})
+		list = append(list, Port{"api-port", c.APIPort, "questions of other nodes"})
 	}
 	if c.TLSPassthroughPort != 0 {
 		list = append(list, Port{"tls-passthrough-port", c.TLSPassthroughPort, "TLS passthrough"})
