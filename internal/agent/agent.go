@@ -71,11 +71,12 @@ type Config struct {
 var ErrReplaced = errors.New("another machine with the same machine ID has registered")
 
 const (
-	settle     = 5 * time.Millisecond // in which events are merged into one pass
-	callLimit  = 30 * time.Second     // of calls to systemd that a pass waits for
-	checkEvery = time.Minute
-	firstRetry = 200 * time.Millisecond // doubled each time, up to a minute
-	readyLimit = 2 * time.Second        // for units to be queued before those that come after them
+	settle      = 5 * time.Millisecond // in which events are merged into one pass
+	callLimit   = 30 * time.Second     // of calls to systemd that a pass waits for
+	longestRest = 5 * time.Second      // between two times that systemd reads all files
+	checkEvery  = time.Minute
+	firstRetry  = 200 * time.Millisecond // doubled each time, up to a minute
+	readyLimit  = 2 * time.Second        // for units to be queued before those that come after them
 )
 
 // Agent runs the units of one machine.
@@ -108,10 +109,12 @@ type Agent struct {
 	present *present
 	told    bool // the states were given to the Presence
 	reload  bool // systemd has to read all files before anything is started
-	lookAll bool // the status of all units is to be read
-	look    map[string]bool
-	putOffs int       // passes in a row that were put off
-	retryAt time.Time // of what is not about one unit; zero if nothing failed
+	// reloadAfter is when it may be made to do so again, unless it has to.
+	reloadAfter time.Time
+	lookAll     bool // the status of all units is to be read
+	look        map[string]bool
+	putOffs     int       // passes in a row that were put off
+	retryAt     time.Time // of what is not about one unit; zero if nothing failed
 }
 
 // tracked is one unit as the loop sees it.

@@ -83,6 +83,29 @@ func TestNewAndGoneUnitsNeedNoReload(t *testing.T) {
 	r.check()
 }
 
+// TestReloadsRest: units that come one after the other do not make systemd read
+// its files all the time.
+func TestReloadsRest(t *testing.T) {
+	t.Parallel()
+	const takes = 50 * time.Millisecond
+	r := newRig(t)
+	r.fake.deaf = takes
+	r.begin()
+	r.generation()
+	began := time.Now()
+	for i := range 20 {
+		name := fmt.Sprintf("u%d.service", i)
+		r.place(name, service("run", "[Install]", "WantedBy=multi-user.target"), registry.Launched)
+		r.waitActive(name)
+	}
+	most := 2 + int(time.Since(began)/(5*takes))
+	r.fake.mu.Lock()
+	defer r.fake.mu.Unlock()
+	if n := r.fake.reloads; n < 1 || n > most {
+		t.Errorf("%d reloads, want 1 to %d", n, most)
+	}
+}
+
 func TestManyUnitsShareAReload(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)

@@ -25,6 +25,7 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 	}
 	cctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
+	a.rest(now, by)
 	unloaded := a.unload(cctx, names(by[Unload]))
 	loaded := a.load(cctx, now, names(by[Load]))
 	if a.reload || len(unloaded)+len(loaded) > 0 {
@@ -68,12 +69,44 @@ func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) error {
 		a.reload = slices.ContainsFunc(unloaded, known) || slices.ContainsFunc(loaded, unknown)
 	}
 	if a.reload {
+		began := time.Now()
 		if err := a.cfg.Systemd.Reload(ctx); err != nil {
 			return err
 		}
 		a.reload = false
+		took := time.Since(began)
+		a.reloadAfter = time.Now().Add(min(4*took, longestRest))
 	}
 	return nil
+}
+
+// needsReload reports whether what systemd knows of a unit that is to be loaded,
+// or of what it is installed in, is out of date.
+func (a *Agent) needsReload(name string, e entry) bool {
+	u := a.units[name]
+	return u.on || u.status.Load != "not-found" || e.install
+}
+
+// rest takes out of the steps the units whose loading needs systemd to read all
+// files again, if it has just done that: it is deaf meanwhile, and when many
+// units change one after the other it would do little else.
+func (a *Agent) rest(now *present, by map[Action][]Step) {
+	if !time.Now().Before(a.reloadAfter) {
+		return
+	}
+	later := map[string]bool{}
+	for _, s := range by[Load] {
+		if a.needsReload(s.Unit, now.entries[s.Unit]) {
+			later[s.Unit] = true
+		}
+	}
+	if len(later) == 0 {
+		return
+	}
+	for do, steps := range by {
+		by[do] = slices.DeleteFunc(steps, func(s Step) bool { return do != Stop && later[s.Unit] })
+	}
+	a.retryAt = a.reloadAfter
 }
 
 func names(steps []Step) []string {
@@ -178,9 +211,7 @@ func (a *Agent) load(ctx context.Context, now *present, names []string) []string
 	names = slices.DeleteFunc(names, func(name string) bool {
 		u, w, e := a.units[name], now.wants[name], now.entries[name]
 		old, was := u.rec, u.on
-		if was || u.status.Load != "not-found" || e.install {
-			a.reload = true // what systemd knows of it, or of what it is installed in, is out of date
-		}
+		a.reload = a.reload || a.needsReload(name, e)
 		u.rec.Hash, u.rec.Sum, u.rec.Epoch, u.rec.Exclusive, u.rec.Whole = w.Hash, w.Sum, w.Epoch, w.Exclusive, false
 		if !was {
 			u.rec = record{Hash: w.Hash, Sum: w.Sum, Epoch: w.Epoch, Exclusive: w.Exclusive, Restarts: w.Restarts}

@@ -38,6 +38,7 @@ type fakeSystemd struct {
 	history []string // "start web.service", "stopped web.service", ...
 	faults  []string // what must never happen
 	reloads int
+	deaf    time.Duration // how long a reload takes
 	fence   *time.Timer
 	fences  int
 	fired   int
@@ -215,6 +216,7 @@ func (f *fakeSystemd) Reload(context.Context) error {
 		return err
 	}
 	f.reloads++
+	time.Sleep(f.deaf)
 	f.files = map[string]string{}
 	for name := range f.links {
 		f.read(name)

@@ -278,6 +278,18 @@ func (a *Agent) tellGuard() {
 	a.guard.set(exclusive)
 }
 
+// stopping is the state of a unit whose stop systemd may not have heard of yet.
+// Nobody shall take it for one that was launched to stay.
+func stopping(s registry.State) registry.State {
+	switch s.Active {
+	case "inactive", "failed":
+		s.Launched = false
+	default:
+		s.Active = "deactivating"
+	}
+	return s
+}
+
 // report says what there is.
 func (a *Agent) report(now *present, f fence) {
 	s := registry.States{V: registry.Version, Units: make(map[string]registry.State, len(a.units))}
@@ -287,6 +299,9 @@ func (a *Agent) report(now *present, f fence) {
 		if u.on {
 			state.Load, state.Active, state.Sub = u.status.Load, u.status.Active, u.status.Sub
 			state.Hash, state.Epoch, state.Launched, state.Restarts = u.rec.Hash, u.rec.Epoch, u.rec.Launched, u.rec.Restarts
+			if u.busy == Stop || u.broken == Stop {
+				state = stopping(state)
+			}
 		}
 		switch {
 		case state.Trouble != "":
