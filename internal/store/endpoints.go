@@ -29,10 +29,9 @@ type probe struct {
 	configured bool
 	rank       float64 // random: clients spread over the members
 	etcd       *clientv3.Client
-	cluster    uint64   // that answered last
-	members    []string // client URLs of its voters, as they were announced last
-	roster     []Member // all members, as they were read last
-	err        error    // of the last round
+	cluster    uint64                 // that answered last
+	members    []*etcdserverpb.Member // as they were read last; nil if never
+	err        error                  // of the last round
 }
 
 // Run chooses the endpoints until ctx ends, and returns nil then. Every 2 s it
@@ -120,7 +119,7 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 	cluster := c.cluster
 	for _, p := range all {
 		if p.err == nil && p.cluster == cluster && p.members != nil {
-			c.members, c.roster = c.usable(p.members), p.roster
+			c.members, c.roster = c.usable(p.members), roster(p.members)
 			break
 		}
 	}
@@ -156,23 +155,12 @@ func (p *probe) read(ctx context.Context) {
 	resp, err := p.etcd.MemberList(ctx)
 	switch {
 	case err == nil:
-		p.cluster, p.members, p.roster, p.err = resp.Header.ClusterId, voters(resp.Members), roster(resp.Members), nil
+		p.cluster, p.members, p.err = resp.Header.ClusterId, resp.Members, nil
 	case codeOf(err) == codes.PermissionDenied:
 		p.err = nil
 	default:
 		p.err = errors.New(short(tried.cause(err)))
 	}
-}
-
-// voters returns the client URLs that the voters announce.
-func voters(members []*etcdserverpb.Member) []string {
-	urls := []string{}
-	for _, m := range members {
-		if !m.IsLearner {
-			urls = append(urls, m.ClientURLs...)
-		}
-	}
-	return urls
 }
 
 // roster returns what the list says of each member.
@@ -230,15 +218,21 @@ func (c *Client) Opinion(ctx context.Context, endpoint string) (o Opinion, err e
 	return o, nil
 }
 
-// usable returns the announced URLs that are not configured ones too.
-func (c *Client) usable(urls []string) []string {
-	var out []string
-	for _, u := range urls {
-		if u, err := normalEndpoint(u, c.cfg.TLS != nil); err == nil && !slices.Contains(c.configured, u) {
-			out = append(out, u)
+// usable returns the client URLs that the voters announce, without those that
+// are configured.
+func (c *Client) usable(members []*etcdserverpb.Member) []string {
+	var urls []string
+	for _, m := range members {
+		if m.IsLearner {
+			continue
+		}
+		for _, u := range m.ClientURLs {
+			if u, err := normalEndpoint(u, c.cfg.TLS != nil); err == nil && !slices.Contains(c.configured, u) {
+				urls = append(urls, u)
+			}
 		}
 	}
-	return out
+	return urls
 }
 
 // use gives the endpoints to clientv3, best first.
