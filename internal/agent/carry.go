@@ -88,10 +88,10 @@ func (a *Agent) needsReload(name string, e entry) bool {
 }
 
 // rest takes out of the steps the units whose loading needs systemd to read all
-// files again, if it has just done that: it is deaf meanwhile, and when many
+// files again, if it has just done that and need not anyway: it is deaf meanwhile, and when many
 // units change one after the other it would do little else.
 func (a *Agent) rest(now *present, by map[Action][]Step) {
-	if !time.Now().Before(a.reloadAfter) {
+	if a.reload || !time.Now().Before(a.reloadAfter) {
 		return
 	}
 	later := map[string]bool{}
