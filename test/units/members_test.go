@@ -6,9 +6,11 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -76,6 +78,10 @@ func TestMemberReplaced(t *testing.T) {
 	if fresh.Name != leaving.Name || fresh.Address != leaving.Address || fresh.MachineID == leaving.MachineID {
 		t.Fatalf("%+v was replaced by %+v", leaving, fresh)
 	}
+	// What the machine that left had is listed until its lease ends.
+	c.waitFor(t, "the unit of the machine that left to have moved", func() bool {
+		return !slices.Contains(slices.Collect(maps.Values(c.active(t))), leaving.MachineID)
+	})
 	now := c.waitActive(t, 3)
 	for name, machine := range where {
 		if moved := now[name] != machine; moved != (machine == leaving.MachineID) {
