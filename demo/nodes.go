@@ -12,7 +12,7 @@ import (
 	"syscall"
 	"time"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 )
 
 // ports are the same on every node.
@@ -165,7 +165,7 @@ func killLine(pids []int) string {
 func (n *node) cluster(ctx context.Context, serve, vote int) error {
 	what := fmt.Sprintf("%d nodes to serve and %d members of the store to vote", serve, vote)
 	return until(ctx, 60*time.Second, what, func() error {
-		list, err := api.Dial(n.socket()).Nodes(ctx)
+		list, err := client.Dial(n.socket()).Nodes(ctx)
 		if err != nil {
 			return err
 		}

@@ -28,6 +28,7 @@ var packages = map[string]struct {
 	"catalog": {layer: 0},
 	"unit":    {layer: 0},
 
+	"client":   {layer: 1, mustNotKnow: []string{"unit"}},
 	"child":    {layer: 1, mustNotKnow: []string{"catalog"}},
 	"haproxy":  {layer: 1, mustNotKnow: []string{"catalog"}},
 	"nspawn":   {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
@@ -35,6 +36,8 @@ var packages = map[string]struct {
 	"systemd":  {layer: 1, mustNotKnow: []string{"catalog", "unit"}},
 	"registry": {layer: 1, mustNotKnow: []string{"store", "catalog", "haproxy"}},
 	"remote":   {layer: 1, mustNotKnow: []string{"catalog", "registry", "unit", "store", "systemd"}},
+
+	"unitapi": {layer: 2, mustNotKnow: []string{"store", "systemd", "haproxy", "catalog"}},
 
 	"agent":  {layer: 2, mustNotKnow: []string{"haproxy", "catalog", "engine"}},
 	"dns":    {layer: 2, mustNotKnow: []string{"haproxy"}},

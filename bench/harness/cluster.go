@@ -13,8 +13,8 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
-	"flotilla/internal/api"
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 )
 
 // Ports of every node; each has an address of its own.
@@ -31,7 +31,7 @@ type Node struct {
 
 	dir     string
 	process *Process
-	api     *api.Client
+	api     *client.Client
 }
 
 // Cluster is a few nodes with a store of as many members.
@@ -54,7 +54,7 @@ func (b *Bench) StartCluster(ctx context.Context, net, nodes int) (*Cluster, err
 			return c, err
 		}
 		c.Nodes = append(c.Nodes, n)
-		if err := n.Wait(ctx, func(st api.NodeStatus) bool { return st.Store.Live && st.Router.Serving }); err != nil {
+		if err := n.Wait(ctx, func(st client.NodeStatus) bool { return st.Store.Live && st.Router.Serving }); err != nil {
 			return c, err
 		}
 	}
@@ -94,7 +94,7 @@ func (b *Bench) StartNode(name, address string, args ...string) (*Node, error) {
 	n.Started = time.Now()
 	var err error
 	n.process, err = Start(filepath.Join(b.Dir, name+".log"), b.Binary, args...)
-	n.api = api.Dial(socket)
+	n.api = client.Dial(socket)
 	return n, err
 }
 
@@ -107,7 +107,7 @@ func (n *Node) Stop() error {
 }
 
 // Wait returns when the node's status is as ok wants it.
-func (n *Node) Wait(ctx context.Context, ok func(api.NodeStatus) bool) error {
+func (n *Node) Wait(ctx context.Context, ok func(client.NodeStatus) bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	tick := time.NewTicker(10 * time.Millisecond)
@@ -139,7 +139,7 @@ func lastLine(path string) string {
 
 // Applied returns when the node's router runs revision.
 func (n *Node) Applied(ctx context.Context, revision int64) error {
-	return n.Wait(ctx, func(st api.NodeStatus) bool { return st.Router.Applied >= revision })
+	return n.Wait(ctx, func(st client.NodeStatus) bool { return st.Router.Applied >= revision })
 }
 
 // settled is longer than a router waits between two reloads.
@@ -153,7 +153,7 @@ func (c *Cluster) Settle(ctx context.Context, revision int64) error {
 		g.Go(func() error {
 			var reloads uint64
 			var since time.Time
-			return n.Wait(ctx, func(st api.NodeStatus) bool {
+			return n.Wait(ctx, func(st client.NodeStatus) bool {
 				if st.Router.Applied < revision || st.Router.Reloads != reloads || since.IsZero() {
 					reloads, since = st.Router.Reloads, time.Now()
 				}

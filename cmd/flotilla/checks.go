@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/haproxy"
 	"flotilla/internal/node"
 )
@@ -236,7 +236,7 @@ func checkStore(ctx context.Context, p *patient) []finding {
 	if p.running == nil {
 		return []finding{ok("store", "not asked: no node runs")}
 	}
-	n, err := api.Dial(p.cfg.Socket).Nodes(ctx)
+	n, err := client.Dial(p.cfg.Socket).Nodes(ctx)
 	if err != nil {
 		return []finding{bad("store", "flotilla nodes list", "%v", err)}
 	}

@@ -15,7 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/nspawn"
 )
 
@@ -91,8 +91,8 @@ func socketOf(m nspawn.Machine) string { return filepath.Join(m.Run, "node.sock"
 func missing(ctx context.Context, socket string, nodes []string) string {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	client := api.Dial(socket)
-	st, err := client.Status(ctx)
+	asked := client.Dial(socket)
+	st, err := asked.Status(ctx)
 	switch {
 	case err != nil:
 		return "its API does not answer"
@@ -101,12 +101,12 @@ func missing(ctx context.Context, socket string, nodes []string) string {
 	case !st.Router.Serving:
 		return "its router does not serve"
 	}
-	seen, err := client.Nodes(ctx)
+	seen, err := asked.Nodes(ctx)
 	if err != nil {
 		return "it cannot list the nodes"
 	}
 	for _, name := range nodes {
-		if !slices.ContainsFunc(seen.Nodes, func(n api.ClusterNode) bool { return n.Name == name && n.Serving }) {
+		if !slices.ContainsFunc(seen.Nodes, func(n client.ClusterNode) bool { return n.Name == name && n.Serving }) {
 			return "it does not see " + name
 		}
 	}

@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/node"
 )
 
@@ -44,7 +44,7 @@ func bad(check, remedy, format string, args ...any) finding {
 // patient is what the checks look at.
 type patient struct {
 	cfg     node.Config
-	running *api.NodeStatus // of the node that serves on the socket; nil: none does
+	running *client.NodeStatus // of the node that serves on the socket; nil: none does
 }
 
 // checks are done in this order.
@@ -100,7 +100,7 @@ func examine(ctx context.Context, cfg node.Config) []finding {
 	if err := p.cfg.CheckPrivileges(); err != nil {
 		findings = append(findings, bad("settings", "", "%v", err))
 	}
-	if st, err := api.Dial(p.cfg.Socket).Status(ctx); err == nil {
+	if st, err := client.Dial(p.cfg.Socket).Status(ctx); err == nil {
 		p.running = &st
 	}
 	for _, check := range checks {

@@ -17,7 +17,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/nspawn"
 	"flotilla/internal/remote"
 )
@@ -93,8 +93,8 @@ func (c *cli) reachNode(cmd *cobra.Command) (bool, error) {
 	if c.reach.tunnel != "" {
 		where += " by way of " + c.reach.tunnel
 	}
-	client := api.Over(where, dial)
-	c.connect = func() *api.Client { return client }
+	there := client.Over(where, dial)
+	c.connect = func() *client.Client { return there }
 	return true, nil
 }
 

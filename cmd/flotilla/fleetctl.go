@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 )
 
 // fleetctl: the same program under another name takes fleetctl's flags, prints
@@ -32,7 +32,7 @@ func (e fleetSays) Error() string {
 	if e.err == nil {
 		return e.prefix
 	}
-	var answer *api.Error
+	var answer *client.Error
 	if text := e.err.Error(); !errors.As(e.err, &answer) || answer.Status == 0 {
 		return e.prefix + text
 	}

@@ -15,7 +15,7 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/node"
 	"flotilla/internal/remote"
 )
@@ -60,8 +60,8 @@ func (c *cli) fleetEndpoint() error {
 	if err != nil {
 		return fleetSays{"Unable to initialize client: ", err}
 	}
-	client := api.Over(first, dial)
-	c.connect = func() *api.Client { return client }
+	there := client.Over(first, dial)
+	c.connect = func() *client.Client { return there }
 	return nil
 }
 

@@ -16,8 +16,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
-	"flotilla/internal/logs"
+	"flotilla/internal/client"
+	"flotilla/internal/unitapi"
 )
 
 func (c *cli) journalCommand() *cobra.Command {
@@ -79,15 +79,15 @@ func journalNames(args []string) ([]string, error) {
 }
 
 // showLine prints one line. several says that more than one unit may be shown.
-type showLine func(w io.Writer, l logs.Line, several bool) error
+type showLine func(w io.Writer, l unitapi.JournalLine, several bool) error
 
 var journalFormats = map[string]showLine{
 	"text": shortLine("Jan 02 15:04:05"), "short": shortLine("Jan 02 15:04:05"), "short-iso": shortLine(time.RFC3339),
-	"cat": func(w io.Writer, l logs.Line, _ bool) error {
+	"cat": func(w io.Writer, l unitapi.JournalLine, _ bool) error {
 		_, err := fmt.Fprintln(w, plain(l.Message))
 		return err
 	},
-	"json": func(w io.Writer, l logs.Line, _ bool) error {
+	"json": func(w io.Writer, l unitapi.JournalLine, _ bool) error {
 		out := json.NewEncoder(w)
 		out.SetEscapeHTML(false)
 		return out.Encode(l)
@@ -97,7 +97,7 @@ var journalFormats = map[string]showLine{
 // shortLine shows a line as journalctl does. Of several units it shows the unit
 // and not what the program calls itself.
 func shortLine(layout string) showLine {
-	return func(w io.Writer, l logs.Line, several bool) error {
+	return func(w io.Writer, l unitapi.JournalLine, several bool) error {
 		head := l.Time.Local().Format(layout) + " " + l.Node + " "
 		who := l.Identifier
 		if several || who == "" {
@@ -148,7 +148,7 @@ func (c *cli) showJournal(cmd *cobra.Command, query url.Values, names []string, 
 		case len(raw) == 1:
 			continue
 		}
-		var l logs.Line
+		var l unitapi.JournalLine
 		if err := json.Unmarshal(raw, &l); err != nil {
 			return fmt.Errorf("read the journal: the node's answer is not understood: %w", err)
 		}
@@ -175,8 +175,8 @@ func (c *cli) says() string {
 
 // noSuch puts the answer that there is no such unit into fleetctl's words.
 func (c *cli) noSuch(err error, names []string) error {
-	var e *api.Error
-	if c.fleet && errors.As(err, &e) && e.Code == api.CodeNotFound && len(names) == 1 {
+	var e *client.Error
+	if c.fleet && errors.As(err, &e) && e.Code == client.CodeNotFound && len(names) == 1 {
 		return c.missingUnit(names[0])
 	}
 	return err
@@ -187,5 +187,5 @@ func (c *cli) missingUnit(name string) error {
 	if c.fleet {
 		return fleetText("Unit %s does not exist.", name)
 	}
-	return &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("there is no unit %s", name), Hint: "flotilla list-unit-files"}
+	return &client.Error{Code: client.CodeNotFound, Message: fmt.Sprintf("there is no unit %s", name), Hint: "flotilla list-unit-files"}
 }

@@ -14,16 +14,16 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/fleetapi"
+	"flotilla/internal/unitapi"
 )
 
-var machineFields = map[string]func(fleetapi.Machine, bool) string{
-	"machine":  func(m fleetapi.Machine, full bool) string { return shortID(m.ID, full) },
-	"ip":       func(m fleetapi.Machine, _ bool) string { return m.Address },
-	"metadata": func(m fleetapi.Machine, _ bool) string { return metadataText(m.Metadata) },
-	"node":     func(m fleetapi.Machine, _ bool) string { return m.Node },
-	"units":    func(m fleetapi.Machine, _ bool) string { return strconv.Itoa(m.Units) },
-	"state":    func(m fleetapi.Machine, _ bool) string { return stateOf(m) },
+var machineFields = map[string]func(unitapi.Machine, bool) string{
+	"machine":  func(m unitapi.Machine, full bool) string { return shortID(m.ID, full) },
+	"ip":       func(m unitapi.Machine, _ bool) string { return m.Address },
+	"metadata": func(m unitapi.Machine, _ bool) string { return metadataText(m.Metadata) },
+	"node":     func(m unitapi.Machine, _ bool) string { return m.Node },
+	"units":    func(m unitapi.Machine, _ bool) string { return strconv.Itoa(m.Units) },
+	"state":    func(m unitapi.Machine, _ bool) string { return stateOf(m) },
 }
 
 // metadataText shows metadata as fleetctl does.
@@ -36,7 +36,7 @@ func metadataText(metadata map[string]string) string {
 }
 
 // stateOf is what operators have done to a machine.
-func stateOf(m fleetapi.Machine) string {
+func stateOf(m unitapi.Machine) string {
 	text := "in use"
 	switch {
 	case m.Drain:
@@ -65,7 +65,7 @@ func (c *cli) machinesList(use, fields string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var answer fleetapi.Machines
+			var answer unitapi.Machines
 			if c.fleet {
 				answer.Machines, err = c.fleetMachines(cmd.Context())
 			} else {
@@ -75,7 +75,7 @@ func (c *cli) machinesList(use, fields string) *cobra.Command {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), append([]fleetapi.Machine{}, answer.Machines...))
+				return sayJSON(cmd.OutOrStdout(), append([]unitapi.Machine{}, answer.Machines...))
 			}
 			tabs(cmd.OutOrStdout(), rows(&l, cols, machineFields, answer.Machines))
 			if f := answer.Failover; f != nil && !f.Allowed && len(f.Held) > 0 {
@@ -91,8 +91,8 @@ func (c *cli) machinesList(use, fields string) *cobra.Command {
 
 // fleetMachines asks fleet's API, which refuses while the node that answers is
 // not registered itself: fleetctl's users see by it that something is wrong.
-func (c *cli) fleetMachines(ctx context.Context) ([]fleetapi.Machine, error) {
-	var all []fleetapi.Machine
+func (c *cli) fleetMachines(ctx context.Context) ([]unitapi.Machine, error) {
+	var all []unitapi.Machine
 	query := url.Values{}
 	for {
 		var page struct {
@@ -108,7 +108,7 @@ func (c *cli) fleetMachines(ctx context.Context) ([]fleetapi.Machine, error) {
 				")\nPossible issues:\n  etcd is unhealthy and/or lost quorum\n  connection cannot be established to any etcd servers"}}
 		}
 		for _, m := range page.Machines {
-			all = append(all, fleetapi.Machine{ID: m.ID, Address: m.PrimaryIP, Metadata: m.Metadata})
+			all = append(all, unitapi.Machine{ID: m.ID, Address: m.PrimaryIP, Metadata: m.Metadata})
 		}
 		if page.NextPageToken == "" {
 			return all, nil
@@ -120,9 +120,9 @@ func (c *cli) fleetMachines(ctx context.Context) ([]fleetapi.Machine, error) {
 func (c *cli) machinesCommand() *cobra.Command {
 	cmd := group("machines", "List machines, take them out of use, set their metadata",
 		c.machinesList("list", "machine,node,ip,units,state,metadata"),
-		c.settingsCommand("cordon", "Place nothing new on a machine; what is there stays", fleetapi.SettingsChange{Cordon: new(true)}, "is cordoned: nothing new is placed there"),
-		c.settingsCommand("uncordon", "Use a machine again: neither cordoned nor draining", fleetapi.SettingsChange{Cordon: new(false), Drain: new(false), Reason: new("")}, "is in use again"),
-		c.settingsCommand("drain", "Move all units away from a machine; global units stay", fleetapi.SettingsChange{Cordon: new(true), Drain: new(true)}, "is draining: its units move away"),
+		c.settingsCommand("cordon", "Place nothing new on a machine; what is there stays", unitapi.SettingsChange{Cordon: new(true)}, "is cordoned: nothing new is placed there"),
+		c.settingsCommand("uncordon", "Use a machine again: neither cordoned nor draining", unitapi.SettingsChange{Cordon: new(false), Drain: new(false), Reason: new("")}, "is in use again"),
+		c.settingsCommand("drain", "Move all units away from a machine; global units stay", unitapi.SettingsChange{Cordon: new(true), Drain: new(true)}, "is draining: its units move away"),
 		c.leaveCommand(), c.metadataCommand())
 	return c.clientFlags(cmd)
 }
@@ -145,7 +145,7 @@ started again. To move units away while the others stay, drain it.`,
 
 const machineHelp = "MACHINE is an ID or its beginning, the name of a node, or an address."
 
-func (c *cli) settingsCommand(use, short string, set fleetapi.SettingsChange, done string) *cobra.Command {
+func (c *cli) settingsCommand(use, short string, set unitapi.SettingsChange, done string) *cobra.Command {
 	var reason string
 	var wait bool
 	var timeout time.Duration
@@ -194,7 +194,7 @@ func (c *cli) settingsCommand(use, short string, set fleetapi.SettingsChange, do
 	return cmd
 }
 
-func machineName(m fleetapi.Machine) string {
+func machineName(m unitapi.Machine) string {
 	if m.Node == "" {
 		return machineLegend(m.ID, m.Address, false)
 	}
@@ -203,7 +203,7 @@ func machineName(m fleetapi.Machine) string {
 
 // awaitEmpty waits until no unit is placed on the machine, and says which are
 // left if that takes too long.
-func (c *cli) awaitEmpty(cmd *cobra.Command, m fleetapi.Machine, limit time.Duration) error {
+func (c *cli) awaitEmpty(cmd *cobra.Command, m unitapi.Machine, limit time.Duration) error {
 	ctx, began, left := cmd.Context(), time.Now(), -1
 	for {
 		all, err := c.machines(ctx)
@@ -236,7 +236,7 @@ func (c *cli) awaitEmpty(cmd *cobra.Command, m fleetapi.Machine, limit time.Dura
 	}
 }
 
-func (c *cli) stillThere(ctx context.Context, m fleetapi.Machine, limit time.Duration) error {
+func (c *cli) stillThere(ctx context.Context, m unitapi.Machine, limit time.Duration) error {
 	text := fmt.Sprintf("%s still on machine %s after %s", count(m.Units, "unit"), machineName(m), limit)
 	units, err := c.units(ctx)
 	if err != nil {
@@ -301,7 +301,7 @@ func (c *cli) setMetadata(cmd *cobra.Command, text string, change map[string]*st
 	if err != nil {
 		return err
 	}
-	changed, err := c.set(cmd, m, fleetapi.SettingsChange{Metadata: change})
+	changed, err := c.set(cmd, m, unitapi.SettingsChange{Metadata: change})
 	if err != nil {
 		return err
 	}
@@ -314,8 +314,8 @@ func (c *cli) setMetadata(cmd *cobra.Command, text string, change map[string]*st
 }
 
 // set changes the settings of a machine.
-func (c *cli) set(cmd *cobra.Command, m fleetapi.Machine, change fleetapi.SettingsChange) (fleetapi.SettingsChanged, error) {
-	var changed fleetapi.SettingsChanged
+func (c *cli) set(cmd *cobra.Command, m unitapi.Machine, change unitapi.SettingsChange) (unitapi.SettingsChanged, error) {
+	var changed unitapi.SettingsChanged
 	err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/machines/"+url.PathEscape(m.ID)+"/settings", nil, change, &changed)
 	return changed, err
 }

@@ -15,7 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/node"
 	"flotilla/internal/remote"
 )
@@ -65,7 +65,7 @@ type cli struct {
 
 	fleet   bool // it speaks as fleetctl does
 	reach   fleetReach
-	connect func() *api.Client // nil: to socket
+	connect func() *client.Client // nil: to socket
 }
 
 func newRoot() *cobra.Command {
@@ -136,11 +136,11 @@ func (c *cli) checkOutput(cmd *cobra.Command) error {
 	return nil
 }
 
-func (c *cli) dial() *api.Client {
+func (c *cli) dial() *client.Client {
 	if c.connect != nil {
 		return c.connect()
 	}
-	return api.Dial(c.socket)
+	return client.Dial(c.socket)
 }
 
 // usageError is a command line that makes no sense.
@@ -166,7 +166,7 @@ func report(w io.Writer, err error) int {
 	code := exitFailed
 	var hints []string
 	var bad *usageError
-	var answer *api.Error
+	var answer *client.Error
 	var help hinted
 	var own exitCode
 	if errors.As(err, &own) {
@@ -181,7 +181,7 @@ func report(w io.Writer, err error) int {
 		code, hints = exitUsage, []string{bad.hint}
 	case errors.As(err, &answer):
 		hints = []string{answer.Hint}
-		if answer.Code == api.CodeNotConverged {
+		if answer.Code == client.CodeNotConverged {
 			code = exitNotConverged
 		}
 	case errors.As(err, &help):

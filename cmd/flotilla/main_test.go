@@ -18,7 +18,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/store/storetest"
 )
 
@@ -104,7 +104,7 @@ func ready(ts *testscript.TestScript, neg bool, _ []string) {
 	if neg {
 		ts.Fatalf("ready has no opposite")
 	}
-	node := api.Dial(ts.Getenv("SOCKET"))
+	node := client.Dial(ts.Getenv("SOCKET"))
 	deadline := time.Now().Add(40 * time.Second)
 	var last string
 	for time.Now().Before(deadline) {

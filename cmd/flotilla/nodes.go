@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/store"
+	"flotilla/internal/client"
 )
 
 func (c *cli) nodesCommand() *cobra.Command {
@@ -62,7 +62,7 @@ func (c *cli) nodesList() *cobra.Command {
 	}
 }
 
-func role(m store.Member) string {
+func role(m client.Member) string {
 	switch {
 	case !m.Reachable:
 		return "unreachable"

@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 )
 
 func (c *cli) servicesCommand() *cobra.Command {
@@ -120,8 +120,8 @@ func waitFlags(cmd *cobra.Command, wait *bool, timeout *time.Duration) {
 }
 
 // change turns the flags that were given into the body of a request.
-func (f *setFlags) change(cmd *cobra.Command) (api.Change, error) {
-	var change api.Change
+func (f *setFlags) change(cmd *cobra.Command) (client.Change, error) {
+	var change client.Change
 	given := cmd.Flags().Changed
 	if given("scheme") {
 		change.Scheme = &f.scheme
@@ -211,7 +211,7 @@ func quoted(text string) json.RawMessage {
 }
 
 // sayWritten prints the result of a write.
-func (c *cli) sayWritten(w io.Writer, written api.Written, same, done string) error {
+func (c *cli) sayWritten(w io.Writer, written client.Written, same, done string) error {
 	if c.output == "json" {
 		return sayJSON(w, written)
 	}
@@ -322,7 +322,7 @@ func (c *cli) servicesExplain() *cobra.Command {
 	}
 }
 
-func sayExplanation(w io.Writer, e api.Explanation) {
+func sayExplanation(w io.Writer, e client.Explanation) {
 	p := painter{colour: colourOn(w)}
 	what := e.Scheme + ", " + count(e.Endpoints, "endpoint")
 	if e.Scheme == "" {
@@ -375,7 +375,7 @@ func sayExplanation(w io.Writer, e api.Explanation) {
 	table(w, rows...)
 }
 
-func counters(c *api.Counters) string {
+func counters(c *client.Counters) string {
 	var classes []string
 	for class, n := range c.Requests {
 		classes = append(classes, fmt.Sprintf("%d x %s", n, class))

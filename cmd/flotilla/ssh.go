@@ -14,8 +14,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"flotilla/internal/fleetapi"
 	"flotilla/internal/remote"
+	"flotilla/internal/unitapi"
 )
 
 func (c *cli) sshCommand() *cobra.Command {
@@ -50,8 +50,8 @@ With --tunnel the way goes through the entry node. The exit code is the command'
 
 // sshTarget returns the machine that is meant and the command line for it, empty
 // for a login.
-func (c *cli) sshTarget(ctx context.Context, machine, unit string, args []string) (fleetapi.Machine, string, error) {
-	var none fleetapi.Machine
+func (c *cli) sshTarget(ctx context.Context, machine, unit string, args []string) (unitapi.Machine, string, error) {
+	var none unitapi.Machine
 	switch {
 	case machine != "" && unit != "":
 		return none, "", usage("--machine and --unit exclude each other", "give one of them")
@@ -84,33 +84,33 @@ func (c *cli) sshTarget(ctx context.Context, machine, unit string, args []string
 
 // machineOf returns the machine of a unit. The error is not found if there is no
 // such unit.
-func (c *cli) machineOf(ctx context.Context, all []fleetapi.Machine, arg string) (fleetapi.Machine, error) {
+func (c *cli) machineOf(ctx context.Context, all []unitapi.Machine, arg string) (unitapi.Machine, error) {
 	name, _ := unitName(arg)
 	u, ok, err := c.unitText(ctx, name)
 	switch {
 	case err != nil:
-		return fleetapi.Machine{}, err
+		return unitapi.Machine{}, err
 	case !ok:
-		return fleetapi.Machine{}, c.missingUnit(name)
+		return unitapi.Machine{}, c.missingUnit(name)
 	case u.Global:
-		return fleetapi.Machine{}, hinted{fmt.Errorf("unit %s is global: it is on many machines", name), []string{"name one: flotilla ssh MACHINE"}}
+		return unitapi.Machine{}, hinted{fmt.Errorf("unit %s is global: it is on many machines", name), []string{"name one: flotilla ssh MACHINE"}}
 	case u.Machine == nil:
 		why := "it is on no machine"
 		if u.Unplaced != "" {
 			why += ": " + u.Unplaced
 		}
-		return fleetapi.Machine{}, hinted{fmt.Errorf("unit %s: %s", name, why), []string{"flotilla explain " + name}}
+		return unitapi.Machine{}, hinted{fmt.Errorf("unit %s: %s", name, why), []string{"flotilla explain " + name}}
 	}
 	for _, m := range all {
 		if m.ID == u.Machine.ID {
 			return m, nil
 		}
 	}
-	return fleetapi.Machine{}, hinted{fmt.Errorf("unit %s: its machine %s is not there", name, u.Machine.ID), []string{"flotilla list-machines"}}
+	return unitapi.Machine{}, hinted{fmt.Errorf("unit %s: its machine %s is not there", name, u.Machine.ID), []string{"flotilla list-machines"}}
 }
 
 // runThere runs a command on a machine and ends with its exit code.
-func (c *cli) runThere(cmd *cobra.Command, m fleetapi.Machine, to remote.Target, line string, forward bool) (err error) {
+func (c *cli) runThere(cmd *cobra.Command, m unitapi.Machine, to remote.Target, line string, forward bool) (err error) {
 	ctx := cmd.Context()
 	options := c.reach.sshOptions()
 	var client *remote.Client

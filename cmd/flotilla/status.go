@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 )
 
 func (c *cli) statusCommand() *cobra.Command {
@@ -35,7 +35,7 @@ that is not 0.`,
 	})
 }
 
-func sayStatus(w io.Writer, st api.NodeStatus) {
+func sayStatus(w io.Writer, st client.NodeStatus) {
 	p := painter{colour: colourOn(w)}
 	say(w, "%s on %s, up %s, version %s\n", p.bold(st.Name), st.Address, time.Duration(st.Uptime*float64(time.Second)).Round(time.Second), st.Version)
 
@@ -43,7 +43,7 @@ func sayStatus(w io.Writer, st api.NodeStatus) {
 	switch {
 	case st.Store.Held:
 		state = p.yellow("held: the store holds another or an older state")
-	case !st.Store.Live && st.Store.Source == api.SourceNone:
+	case !st.Store.Live && st.Store.Source == client.SourceNone:
 		state = p.red("no catalog yet")
 	case !st.Store.Live && st.Store.Confirmed.IsZero():
 		state = p.yellow("stale: the catalog is the one on disk")

@@ -10,9 +10,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/fleetapi"
 	"flotilla/internal/registry"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 // The verbs on units, as flotilla VERB and as fleetctl VERB.
@@ -125,12 +125,12 @@ func (r *unitRun) bring(ctx context.Context, args []string, state registry.Desir
 	if err != nil {
 		return err
 	}
-	var news []fleetapi.Submission
+	var news []unitapi.Submission
 	for _, u := range list {
 		if u.text == "" {
 			continue
 		}
-		n := fleetapi.Submission{Name: u.name, Text: u.text, Replace: u.was != nil}
+		n := unitapi.Submission{Name: u.name, Text: u.text, Replace: u.was != nil}
 		if state != registry.Inactive {
 			n.Desired = state
 		}
@@ -141,14 +141,14 @@ func (r *unitRun) bring(ctx context.Context, args []string, state registry.Desir
 		return r.creating(err)
 	}
 	refused := r.refusals(results)
-	change := fleetapi.Changes{Desired: state}
-	again := fleetapi.Changes{Restart: true}
+	change := unitapi.Changes{Desired: state}
+	again := unitapi.Changes{Restart: true}
 	var triggered []string
 	for _, u := range list {
 		res, sent := results[u.name]
 		switch {
 		case sent && refusal(res) != "":
-		case sent && res.Outcome != fleetapi.Unchanged && res.Outcome != fleetapi.Differs:
+		case sent && res.Outcome != unitapi.Unchanged && res.Outcome != unitapi.Differs:
 			triggered = append(triggered, u.name)
 			if r.fleet && r.output != "json" {
 				say(r.io.out, "Unit %s inactive\n", u.name)
@@ -165,7 +165,7 @@ func (r *unitRun) bring(ctx context.Context, args []string, state registry.Desir
 			triggered = append(triggered, u.name)
 		}
 	}
-	for _, ch := range []fleetapi.Changes{change, again} {
+	for _, ch := range []unitapi.Changes{change, again} {
 		changed, err := r.changeUnits(ctx, ch)
 		if err != nil {
 			return r.starting(err)
@@ -210,8 +210,8 @@ func (r *unitRun) starting(err error) error {
 }
 
 // refusals returns the results that say no, by name.
-func (r *unitRun) refusals(results map[string]fleetapi.Result) []fleetapi.Result {
-	var list []fleetapi.Result
+func (r *unitRun) refusals(results map[string]unitapi.Result) []unitapi.Result {
+	var list []unitapi.Result
 	for _, name := range slices.Sorted(maps.Keys(results)) {
 		if refusal(results[name]) != "" {
 			list = append(list, results[name])
@@ -221,7 +221,7 @@ func (r *unitRun) refusals(results map[string]fleetapi.Result) []fleetapi.Result
 }
 
 // sayRefused prints what the node did not take, and returns the error for it.
-func (r *unitRun) sayRefused(refused []fleetapi.Result) error {
+func (r *unitRun) sayRefused(refused []unitapi.Result) error {
 	if len(refused) == 0 {
 		return nil
 	}
@@ -242,9 +242,9 @@ func (r *unitRun) sayRefused(refused []fleetapi.Result) error {
 	return errors.New(strings.Join(lines, "\n"))
 }
 
-func without(names []string, refused []fleetapi.Result) []string {
+func without(names []string, refused []unitapi.Result) []string {
 	return slices.DeleteFunc(names, func(name string) bool {
-		return slices.ContainsFunc(refused, func(r fleetapi.Result) bool { return r.Name == name })
+		return slices.ContainsFunc(refused, func(r unitapi.Result) bool { return r.Name == name })
 	})
 }
 
@@ -406,7 +406,7 @@ func (c *cli) unloadCommand() *cobra.Command {
 func (r *unitRun) release(ctx context.Context, names []string, state registry.Desired, g goal, w waiting) error {
 	var failed error
 	if len(names) > 0 {
-		results, err := r.changeUnits(ctx, fleetapi.Changes{Names: names, Desired: state})
+		results, err := r.changeUnits(ctx, unitapi.Changes{Names: names, Desired: state})
 		if err != nil {
 			return err
 		}
@@ -443,8 +443,8 @@ func (r *unitRun) restart(ctx context.Context, args []string, w waiting) error {
 	if err != nil {
 		return err
 	}
-	again := fleetapi.Changes{Restart: true}
-	start := fleetapi.Changes{Desired: registry.Launched}
+	again := unitapi.Changes{Restart: true}
+	start := unitapi.Changes{Desired: registry.Launched}
 	for _, u := range list {
 		switch {
 		case u.Desired == registry.Launched:
@@ -457,8 +457,8 @@ func (r *unitRun) restart(ctx context.Context, args []string, w waiting) error {
 			missing = cmpErr(missing, hinted{fmt.Errorf("unit %s is inactive: there is nothing to restart", u.Name), []string{"flotilla start " + u.Name}})
 		}
 	}
-	var refused []fleetapi.Result
-	for _, ch := range []fleetapi.Changes{again, start} {
+	var refused []unitapi.Result
+	for _, ch := range []unitapi.Changes{again, start} {
 		results, err := r.changeUnits(ctx, ch)
 		if err != nil {
 			return err
@@ -493,7 +493,7 @@ func (r *unitRun) destroy(ctx context.Context, args []string) error {
 		say(r.io.err, "Units not found in registry\n")
 		return nil
 	}
-	results, err := r.changeUnits(ctx, fleetapi.Changes{Names: namesOf(list), Destroy: true})
+	results, err := r.changeUnits(ctx, unitapi.Changes{Names: namesOf(list), Destroy: true})
 	if err != nil && r.fleet {
 		return fleetSays{"Error destroying units: ", err}
 	} else if err != nil {
@@ -502,9 +502,9 @@ func (r *unitRun) destroy(ctx context.Context, args []string) error {
 	if r.output == "json" {
 		return cmpErr(sayJSON(r.io.out, namesOf(list)), missing)
 	}
-	var refused []fleetapi.Result
+	var refused []unitapi.Result
 	for _, u := range list {
-		if res := results[u.Name]; res.Outcome == fleetapi.Refused {
+		if res := results[u.Name]; res.Outcome == unitapi.Refused {
 			refused = append(refused, res)
 		} else {
 			say(r.io.out, "Destroyed %s\n", u.Name)

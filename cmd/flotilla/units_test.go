@@ -20,12 +20,13 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/fleetapi"
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 // TestUnitScripts runs testdata/units/*.txtar against the API of units on a real
@@ -162,8 +163,8 @@ func TestManyUnits(t *testing.T) {
 		var out, errs strings.Builder
 		began := time.Now()
 		c := &cli{}
-		c.connect = func() *api.Client {
-			return api.Over("test", func(ctx context.Context) (net.Conn, error) {
+		c.connect = func() *client.Client {
+			return client.Over("test", func(ctx context.Context) (net.Conn, error) {
 				return new(net.Dialer).DialContext(ctx, "tcp", server.Listener.Addr().String())
 			})
 		}
@@ -400,30 +401,30 @@ func TestUnitName(t *testing.T) {
 
 // What a unit has to be for a verb to be done.
 func TestGoals(t *testing.T) {
-	own := func(current registry.Desired, st fleetapi.State) unitView {
+	own := func(current registry.Desired, st unitapi.State) unitView {
 		st.Machine = "m"
-		return unitView{fleetapi.Unit{Name: "a.service", Hash: "h", Current: current, Restarts: 2,
-			Machine: &fleetapi.MachineRef{ID: "m"}, States: []fleetapi.State{{Machine: "other", Active: "active", Hash: "h", Restarts: 2}, st}}}
+		return unitView{unitapi.Unit{Name: "a.service", Hash: "h", Current: current, Restarts: 2,
+			Machine: &unitapi.MachineRef{ID: "m"}, States: []unitapi.State{{Machine: "other", Active: "active", Hash: "h", Restarts: 2}, st}}}
 	}
-	nowhere := unitView{fleetapi.Unit{Current: registry.Inactive}}
+	nowhere := unitView{unitapi.Unit{Current: registry.Inactive}}
 	for name, tc := range map[string]struct {
 		goal goal
 		u    unitView
 		want stand
 	}{
-		"active":                 {launched, own(registry.Launched, fleetapi.State{Active: "active", Hash: "h", Restarts: 2}), reached},
-		"starting":               {launched, own(registry.Launched, fleetapi.State{Active: "activating", Hash: "h", Restarts: 2}), underWay},
-		"old version":            {launched, own(registry.Launched, fleetapi.State{Active: "active", Hash: "old", Restarts: 2}), underWay},
-		"not yet restarted":      {launched, own(registry.Launched, fleetapi.State{Active: "active", Hash: "h", Restarts: 1}), underWay},
-		"failed":                 {launched, own(registry.Launched, fleetapi.State{Active: "failed", Hash: "h", Restarts: 2}), broken},
-		"ended":                  {launched, own(registry.Launched, fleetapi.State{Active: "inactive", Hash: "h", Restarts: 2}), doubtful},
+		"active":                 {launched, own(registry.Launched, unitapi.State{Active: "active", Hash: "h", Restarts: 2}), reached},
+		"starting":               {launched, own(registry.Launched, unitapi.State{Active: "activating", Hash: "h", Restarts: 2}), underWay},
+		"old version":            {launched, own(registry.Launched, unitapi.State{Active: "active", Hash: "old", Restarts: 2}), underWay},
+		"not yet restarted":      {launched, own(registry.Launched, unitapi.State{Active: "active", Hash: "h", Restarts: 1}), underWay},
+		"failed":                 {launched, own(registry.Launched, unitapi.State{Active: "failed", Hash: "h", Restarts: 2}), broken},
+		"ended":                  {launched, own(registry.Launched, unitapi.State{Active: "inactive", Hash: "h", Restarts: 2}), doubtful},
 		"nowhere, to be started": {launched, nowhere, underWay},
-		"loaded":                 {loaded, own(registry.Loaded, fleetapi.State{Active: "inactive", Hash: "h"}), reached},
-		"still stopping":         {stopped, own(registry.Loaded, fleetapi.State{Active: "deactivating", Hash: "h"}), underWay},
+		"loaded":                 {loaded, own(registry.Loaded, unitapi.State{Active: "inactive", Hash: "h"}), reached},
+		"still stopping":         {stopped, own(registry.Loaded, unitapi.State{Active: "deactivating", Hash: "h"}), underWay},
 		"nowhere, to be stopped": {stopped, nowhere, reached},
 		"nowhere, to be loaded":  {loaded, nowhere, underWay},
 		"unloaded":               {inactive, nowhere, reached},
-		"to be unloaded":         {inactive, own(registry.Loaded, fleetapi.State{}), underWay},
+		"to be unloaded":         {inactive, own(registry.Loaded, unitapi.State{}), underWay},
 	} {
 		if got, _ := tc.goal(tc.u); got != tc.want {
 			t.Errorf("%s: %d, want %d", name, got, tc.want)

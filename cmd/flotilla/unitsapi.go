@@ -10,19 +10,19 @@ import (
 	"slices"
 	"strings"
 
-	"flotilla/internal/api"
-	"flotilla/internal/fleetapi"
+	"flotilla/internal/client"
+	"flotilla/internal/unitapi"
 )
 
 // unitView is a unit as the API shows it.
-type unitView struct{ fleetapi.Unit }
+type unitView struct{ unitapi.Unit }
 
 // refusal is why the node did not take a unit; "" if it did.
-func refusal(r fleetapi.Result) string {
+func refusal(r unitapi.Result) string {
 	switch r.Outcome {
-	case fleetapi.Missing:
+	case unitapi.Missing:
 		return "the cluster does not have it"
-	case fleetapi.Refused:
+	case unitapi.Refused:
 	default:
 		return ""
 	}
@@ -47,7 +47,7 @@ func (c *cli) units(ctx context.Context, names ...string) (map[string]unitView, 
 	if len(names) <= mostNames {
 		query["name"] = names
 	}
-	var answer fleetapi.Units
+	var answer unitapi.Units
 	if err := c.dial().Do(ctx, http.MethodGet, "/v1/units", query, nil, &answer); err != nil {
 		return nil, err
 	}
@@ -86,16 +86,16 @@ func (c *cli) unitText(ctx context.Context, name string) (u unitView, ok bool, e
 const mostText = 512 << 10
 
 // submitUnits writes units, in as few requests as it takes.
-func (c *cli) submitUnits(ctx context.Context, units []fleetapi.Submission) (map[string]fleetapi.Result, error) {
-	results := map[string]fleetapi.Result{}
+func (c *cli) submitUnits(ctx context.Context, units []unitapi.Submission) (map[string]unitapi.Result, error) {
+	results := map[string]unitapi.Result{}
 	for len(units) > 0 {
 		n, size := 0, 0
 		for n < len(units) && (n == 0 || size+len(units[n].Text) <= mostText) {
 			size += len(units[n].Text)
 			n++
 		}
-		var answer fleetapi.Results
-		body := fleetapi.Submissions{Units: units[:n]}
+		var answer unitapi.Results
+		body := unitapi.Submissions{Units: units[:n]}
 		if err := c.dial().Do(ctx, http.MethodPost, "/v1/units", nil, body, &answer); err != nil {
 			return results, err
 		}
@@ -108,12 +108,12 @@ func (c *cli) submitUnits(ctx context.Context, units []fleetapi.Submission) (map
 }
 
 // changeUnits changes units that are there.
-func (c *cli) changeUnits(ctx context.Context, change fleetapi.Changes) (map[string]fleetapi.Result, error) {
-	results := map[string]fleetapi.Result{}
+func (c *cli) changeUnits(ctx context.Context, change unitapi.Changes) (map[string]unitapi.Result, error) {
+	results := map[string]unitapi.Result{}
 	if len(change.Names) == 0 {
 		return results, nil
 	}
-	var answer fleetapi.Results
+	var answer unitapi.Results
 	if err := c.dial().Do(ctx, http.MethodPost, "/v1/units/change", nil, change, &answer); err != nil {
 		return nil, err
 	}
@@ -124,20 +124,20 @@ func (c *cli) changeUnits(ctx context.Context, change fleetapi.Changes) (map[str
 }
 
 // machines returns all registered machines by ID.
-func (c *cli) machines(ctx context.Context) ([]fleetapi.Machine, error) {
+func (c *cli) machines(ctx context.Context) ([]unitapi.Machine, error) {
 	answer, err := c.machinesAndFailover(ctx)
 	return answer.Machines, err
 }
 
-func (c *cli) machinesAndFailover(ctx context.Context) (answer fleetapi.Machines, err error) {
+func (c *cli) machinesAndFailover(ctx context.Context) (answer unitapi.Machines, err error) {
 	err = c.dial().Do(ctx, http.MethodGet, "/v1/machines", nil, nil, &answer)
 	return answer, err
 }
 
 // findMachine returns the machine that text means: its ID, a beginning of it
 // that no other has, the name of its node or its address.
-func findMachine(all []fleetapi.Machine, text string) (fleetapi.Machine, error) {
-	var found []fleetapi.Machine
+func findMachine(all []unitapi.Machine, text string) (unitapi.Machine, error) {
+	var found []unitapi.Machine
 	for _, m := range all {
 		switch text {
 		case m.ID, m.Node, m.Address:
@@ -151,12 +151,12 @@ func findMachine(all []fleetapi.Machine, text string) (fleetapi.Machine, error) 
 	case 1:
 		return found[0], nil
 	case 0:
-		return fleetapi.Machine{}, hinted{fmt.Errorf("there is no machine %q", text), []string{"list them with: flotilla list-machines --full"}}
+		return unitapi.Machine{}, hinted{fmt.Errorf("there is no machine %q", text), []string{"list them with: flotilla list-machines --full"}}
 	}
-	return fleetapi.Machine{}, hinted{fmt.Errorf("%d machines have an ID that begins with %q", len(found), text), []string{"list them with: flotilla list-machines --full"}}
+	return unitapi.Machine{}, hinted{fmt.Errorf("%d machines have an ID that begins with %q", len(found), text), []string{"list them with: flotilla list-machines --full"}}
 }
 
 func isNotFound(err error) bool {
-	var e *api.Error
-	return errors.As(err, &e) && e.Code == api.CodeNotFound
+	var e *client.Error
+	return errors.As(err, &e) && e.Code == client.CodeNotFound
 }

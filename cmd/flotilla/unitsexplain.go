@@ -14,7 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/fleetapi"
+	"flotilla/internal/unitapi"
 )
 
 func isMissing(err error) bool { return errors.Is(err, fs.ErrNotExist) }
@@ -25,7 +25,7 @@ func (c *cli) explainCommand() *cobra.Command {
 		Args: between(1, 1, "one unit"), ValidArgsFunction: c.completeUnits,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, _ := unitName(args[0])
-			var e fleetapi.Explanation
+			var e unitapi.Explanation
 			err := c.dial().Do(cmd.Context(), http.MethodGet, "/v1/units/"+url.PathEscape(name)+"/explain", nil, nil, &e)
 			if err != nil {
 				return c.noUnit(err, name)
@@ -47,7 +47,7 @@ func (c *cli) noUnit(err error, name string) error {
 	return err
 }
 
-func sayExplained(w io.Writer, e fleetapi.Explanation) {
+func sayExplained(w io.Writer, e unitapi.Explanation) {
 	p := painter{colour: colourOn(w)}
 	u := unitView{e.Unit}
 	where := "on no machine"
@@ -110,8 +110,8 @@ MACHINE is an ID or its beginning, the name of a node, or an address.`,
 			if err != nil {
 				return err
 			}
-			body := fleetapi.MoveRequest{To: m.ID}
-			var moved fleetapi.Moved
+			body := unitapi.MoveRequest{To: m.ID}
+			var moved unitapi.Moved
 			if err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/units/"+url.PathEscape(name)+"/move", nil, body, &moved); err != nil {
 				return c.noUnit(err, name)
 			}
@@ -138,7 +138,7 @@ func (c *cli) rebalanceCommand() *cobra.Command {
 			if agreed {
 				method = http.MethodPost
 			}
-			var plan fleetapi.Rebalance
+			var plan unitapi.Rebalance
 			if err := c.dial().Do(cmd.Context(), method, "/v1/rebalance", nil, nil, &plan); err != nil {
 				return err
 			}
@@ -190,8 +190,8 @@ func (c *cli) failoverCommand() *cobra.Command {
 	allow := &cobra.Command{
 		Use: "allow", Short: "Let the units of the machines that vanished together start elsewhere", Args: between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var done fleetapi.FailoverChanged
-			if err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/failover", nil, fleetapi.FailoverChange{Allow: true}, &done); err != nil {
+			var done unitapi.FailoverChanged
+			if err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/failover", nil, unitapi.FailoverChange{Allow: true}, &done); err != nil {
 				return err
 			}
 			if c.output == "json" {

@@ -10,9 +10,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/fleetapi"
 	"flotilla/internal/registry"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 // tabs prints rows as fleetctl does: columns end in one or more tabs.
@@ -75,7 +75,7 @@ func rows[T any](l *listing, cols []string, has map[string]func(T, bool) string,
 // placedState is a unit on one machine: a line of list-units.
 type placedState struct {
 	Unit string `json:"unit"`
-	fleetapi.State
+	unitapi.State
 }
 
 func shortHash(hash string, full bool) string {
@@ -114,7 +114,7 @@ func (c *cli) listUnitsCommand() *cobra.Command {
 			}
 			states := []placedState{}
 			for _, u := range list {
-				slices.SortFunc(u.States, func(a, b fleetapi.State) int { return strings.Compare(a.Machine, b.Machine) })
+				slices.SortFunc(u.States, func(a, b unitapi.State) int { return strings.Compare(a.Machine, b.Machine) })
 				for _, st := range u.States {
 					if st.Load != "" { // else it only waits there
 						states = append(states, placedState{u.Name, st})

@@ -8,8 +8,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/logs"
 	"flotilla/internal/registry"
+	"flotilla/internal/unitapi"
 )
 
 // unitStatusCommand is status as fleetctl has it; elsewhere it is a part of
@@ -36,7 +36,7 @@ func (c *cli) showUnits(cmd *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
-	var answer logs.Statuses
+	var answer unitapi.Statuses
 	if err := c.dial().Do(cmd.Context(), http.MethodGet, "/v1/unit-status", url.Values{"unit": names}, nil, &answer); err != nil {
 		return c.noSuch(err, names)
 	}
@@ -62,7 +62,7 @@ func (c *cli) showUnits(cmd *cobra.Command, args []string) error {
 	return nil
 }
 
-func (c *cli) sayStatuses(cmd *cobra.Command, statuses []logs.Status) error {
+func (c *cli) sayStatuses(cmd *cobra.Command, statuses []unitapi.Status) error {
 	w := cmd.OutOrStdout()
 	units := map[string]unitView{}
 	if !c.fleet {
@@ -97,7 +97,7 @@ func (c *cli) sayStatuses(cmd *cobra.Command, statuses []logs.Status) error {
 }
 
 // whereabouts says in one line what is wanted of a unit, where it is and why.
-func whereabouts(u unitView, s logs.Status) string {
+func whereabouts(u unitView, s unitapi.Status) string {
 	text := fmt.Sprintf("%s: to be %s", u.Name, u.Desired)
 	on := s.Node
 	if on == "" && s.Machine != "" {

@@ -11,9 +11,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/api"
-	"flotilla/internal/fleetapi"
+	"flotilla/internal/client"
 	"flotilla/internal/registry"
+	"flotilla/internal/unitapi"
 )
 
 // streams are where a command prints.
@@ -112,13 +112,13 @@ func launched(u unitView) (stand, string) {
 }
 
 // own returns the state that the unit's own machine reports.
-func (u unitView) own() (fleetapi.State, bool) {
+func (u unitView) own() (unitapi.State, bool) {
 	for _, st := range u.States {
 		if u.Machine != nil && st.Machine == u.Machine.ID {
 			return st, true
 		}
 	}
-	return fleetapi.State{}, false
+	return unitapi.State{}, false
 }
 
 // why says what keeps a unit from getting on.
@@ -290,8 +290,8 @@ func (r *unitRun) murmur(names []string, found map[string]unitView, told map[str
 
 // refusedForGood reports whether asking again is useless.
 func refusedForGood(err error) bool {
-	var e *api.Error
-	return errors.As(err, &e) && (e.Code == api.CodeNoNode || e.Code == api.CodeBadRequest || e.Code == api.CodeNotFound || e.Code == api.CodeNotAllowed)
+	var e *client.Error
+	return errors.As(err, &e) && (e.Code == client.CodeNoNode || e.Code == client.CodeBadRequest || e.Code == client.CodeNotFound || e.Code == client.CodeNotAllowed)
 }
 
 // conclude turns what became of the units into the error of the command: nil if

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 )
 
@@ -24,7 +25,7 @@ func (e edits) set(name, value string) { e[name] = &value }
 
 // edit returns what c has to write for a service whose keys are have. Values
 // that are already there are left out.
-func (c *Change) edit(have keys) (edits, error) {
+func edit(c *client.Change, have keys) (edits, error) {
 	e := edits{}
 	if c.Scheme != nil {
 		e["scheme"] = unlessEmpty(*c.Scheme)
@@ -41,10 +42,10 @@ func (c *Change) edit(have keys) (edits, error) {
 			e.set("private", "true")
 		}
 	}
-	if err := c.editEndpoints(have, e); err != nil {
+	if err := editEndpoints(c, have, e); err != nil {
 		return nil, err
 	}
-	c.editDomains(have, e)
+	editDomains(c, have, e)
 	if c.Options != nil {
 		e["options"] = merge(have["options"].Value, c.Options)
 	}
@@ -67,10 +68,10 @@ func unlessEmpty(s string) *string {
 	return &s
 }
 
-func (c *Change) editEndpoints(have keys, e edits) error {
+func editEndpoints(c *client.Change, have keys, e edits) error {
 	for n, addr := range c.Endpoints {
 		if n == "" || strings.Contains(n, "/") {
-			return fail(CodeInvalid, "write it as 1=10.0.0.5:8080", "%q cannot name an endpoint", n)
+			return client.Errorf(client.CodeInvalid, "write it as 1=10.0.0.5:8080", "%q cannot name an endpoint", n)
 		}
 		e["hosts/"+n] = addr
 		if addr == nil {
@@ -120,7 +121,7 @@ func (have keys) endpoint(addr string, e edits) bool {
 
 // editDomains keeps domains/<n> keys as they are where their value stays; new
 // ones are named by the domain itself.
-func (c *Change) editDomains(have keys, e edits) {
+func editDomains(c *client.Change, have keys, e edits) {
 	there := map[string]string{} // key name by domain
 	for name, kv := range have {
 		if strings.HasPrefix(name, "domains/") {
@@ -176,7 +177,7 @@ func merge(old string, fields map[string]json.RawMessage) *string {
 // says against the edited keys. It also looks at what other services hold.
 func (e edits) check(service string, have keys, policy catalog.Policy, others *catalog.Snapshot) error {
 	if len(have) == 0 && e["scheme"] == nil && len(e) > 0 {
-		return fail(CodeInvalid, "add --scheme http or --scheme tcp", "service %s is new and has no scheme", strconv.Quote(service))
+		return client.Errorf(client.CodeInvalid, "add --scheme http or --scheme tcp", "service %s is new and has no scheme", strconv.Quote(service))
 	}
 	batch := catalog.Batch{Reset: true, Revision: 1}
 	for name, kv := range have {
@@ -205,7 +206,7 @@ func (e edits) check(service string, have keys, policy catalog.Policy, others *c
 		}
 	}
 	if len(wrong) > 0 {
-		return fail(CodeInvalid, "nothing was written; mend it and run the command again", "service %s: %s", strconv.Quote(service), strings.Join(wrong, "; "))
+		return client.Errorf(client.CodeInvalid, "nothing was written; mend it and run the command again", "service %s: %s", strconv.Quote(service), strings.Join(wrong, "; "))
 	}
 	return e.conflict(service, others)
 }
@@ -214,7 +215,7 @@ func (e edits) check(service string, have keys, policy catalog.Policy, others *c
 // that the edits ask for.
 func (e edits) conflict(service string, others *catalog.Snapshot) error {
 	if other := others.Fold(service); other != nil && other.Name != service && others.Service(service) == nil {
-		return fail(CodeConflict, "choose another name", "there is a service %s already, and host names make no difference between it and %s", other.Name, service)
+		return client.Errorf(client.CodeConflict, "choose another name", "there is a service %s already, and host names make no difference between it and %s", other.Name, service)
 	}
 	port := e["host_port"]
 	for svc := range others.All() {
@@ -222,11 +223,11 @@ func (e edits) conflict(service string, others *catalog.Snapshot) error {
 			continue
 		}
 		if port != nil && strconv.Itoa(svc.HostPort) == *port {
-			return fail(CodeConflict, "choose another port, or see: flotilla services explain "+svc.Name, "host_port %s belongs to service %s", *port, svc.Name)
+			return client.Errorf(client.CodeConflict, "choose another port, or see: flotilla services explain "+svc.Name, "host_port %s belongs to service %s", *port, svc.Name)
 		}
 		for _, d := range svc.Domains {
 			if e["domains/"+d] != nil {
-				return fail(CodeConflict, "remove it there first: flotilla services set "+svc.Name+" --remove-domain "+d, "domain %s belongs to service %s", d, svc.Name)
+				return client.Errorf(client.CodeConflict, "remove it there first: flotilla services set "+svc.Name+" --remove-domain "+d, "domain %s belongs to service %s", d, svc.Name)
 			}
 		}
 	}

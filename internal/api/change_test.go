@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 )
 
@@ -21,9 +22,9 @@ func have(kvs map[string]string) keys {
 	return k
 }
 
-func parseChange(t *testing.T, body string) Change {
+func parseChange(t *testing.T, body string) client.Change {
 	t.Helper()
-	var c Change
+	var c client.Change
 	if err := json.Unmarshal([]byte(body), &c); err != nil {
 		t.Fatal(err)
 	}
@@ -63,7 +64,7 @@ func TestChangeEdit(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := parseChange(t, test.body)
-			e, err := c.edit(have(test.have))
+			e, err := edit(&c, have(test.have))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -88,30 +89,30 @@ func TestChangeCheck(t *testing.T) {
 	}})
 	for _, test := range []struct {
 		name, service, body string
-		code                Code
+		code                client.Code
 		want                string
 	}{
 		{"good", "web", `{"scheme":"http","add_endpoints":["10.0.0.1:80"],"options":{"sticky":true}}`, "", ""},
-		{"no scheme", "web", `{"add_endpoints":["10.0.0.1:80"]}`, CodeInvalid, "has no scheme"},
-		{"scheme", "web", `{"scheme":"gopher"}`, CodeInvalid, `scheme "gopher"`},
-		{"endpoint", "web", `{"scheme":"http","add_endpoints":["10.0.0.1"]}`, CodeInvalid, `hosts/1 "10.0.0.1"`},
-		{"link-local", "web", `{"scheme":"http","add_endpoints":["169.254.169.254:80"]}`, CodeInvalid, "metadata"},
-		{"newline", "web", `{"scheme":"http","endpoints":{"1":"10.0.0.1:80\nbind :1"}}`, CodeInvalid, `hosts/1 "10.0.0.1:80\nbind :1"`},
-		{"endpoint name", "web", `{"scheme":"http","endpoints":{"a/b":"10.0.0.1:80"}}`, CodeInvalid, "cannot name an endpoint"},
-		{"option", "web", `{"scheme":"http","options":{"stikcy":true}}`, CodeInvalid, "stikcy"},
-		{"service name", "web.1", `{"scheme":"http"}`, CodeInvalid, "service name"},
-		{"same name but for case", "shop", `{"scheme":"http"}`, CodeConflict, "there is a service Shop already"},
-		{"port of another", "web", `{"scheme":"http","host_port":81}`, CodeConflict, "host_port 81 belongs to service Shop"},
-		{"domain of another", "web", `{"scheme":"http","add_domains":["shop.example.com"]}`, CodeConflict, "domain shop.example.com belongs to service Shop"},
+		{"no scheme", "web", `{"add_endpoints":["10.0.0.1:80"]}`, client.CodeInvalid, "has no scheme"},
+		{"scheme", "web", `{"scheme":"gopher"}`, client.CodeInvalid, `scheme "gopher"`},
+		{"endpoint", "web", `{"scheme":"http","add_endpoints":["10.0.0.1"]}`, client.CodeInvalid, `hosts/1 "10.0.0.1"`},
+		{"link-local", "web", `{"scheme":"http","add_endpoints":["169.254.169.254:80"]}`, client.CodeInvalid, "metadata"},
+		{"newline", "web", `{"scheme":"http","endpoints":{"1":"10.0.0.1:80\nbind :1"}}`, client.CodeInvalid, `hosts/1 "10.0.0.1:80\nbind :1"`},
+		{"endpoint name", "web", `{"scheme":"http","endpoints":{"a/b":"10.0.0.1:80"}}`, client.CodeInvalid, "cannot name an endpoint"},
+		{"option", "web", `{"scheme":"http","options":{"stikcy":true}}`, client.CodeInvalid, "stikcy"},
+		{"service name", "web.1", `{"scheme":"http"}`, client.CodeInvalid, "service name"},
+		{"same name but for case", "shop", `{"scheme":"http"}`, client.CodeConflict, "there is a service Shop already"},
+		{"port of another", "web", `{"scheme":"http","host_port":81}`, client.CodeConflict, "host_port 81 belongs to service Shop"},
+		{"domain of another", "web", `{"scheme":"http","add_domains":["shop.example.com"]}`, client.CodeConflict, "domain shop.example.com belongs to service Shop"},
 		{"own port", "Shop", `{"host_port":81,"scheme":"http"}`, "", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := parseChange(t, test.body)
-			e, err := c.edit(keys{})
+			e, err := edit(&c, keys{})
 			if err == nil {
 				err = e.check(test.service, keys{}, catalog.Policy{}, others)
 			}
-			var got *Error
+			var got *client.Error
 			switch {
 			case test.code == "" && err != nil:
 				t.Error(err)
@@ -123,7 +124,7 @@ func TestChangeCheck(t *testing.T) {
 	// What was bad before does not stand in the way of other changes.
 	c := parseChange(t, `{"host_port":82}`)
 	before := have(map[string]string{"scheme": "http", "hosts/1": "nonsense", "private": ""})
-	e, err := c.edit(before)
+	e, err := edit(&c, before)
 	if err == nil {
 		err = e.check("web", before, catalog.Policy{}, others)
 	}

@@ -8,6 +8,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"flotilla/internal/client"
 )
 
 // scrapeLimit bounds how long a scrape waits for HAProxy's counters.
@@ -136,7 +138,7 @@ func (m *metrics) collectNode(gauge gaugeFunc, counter counterFunc) {
 	counter(descLists, st.Store.Lists)
 	gauge(descRevision, float64(st.Revision))
 	gauge(descApplied, float64(st.Router.Applied))
-	for _, source := range []Source{SourceNone, SourceSnapshot, SourceLive} {
+	for _, source := range []client.Source{client.SourceNone, client.SourceSnapshot, client.SourceLive} {
 		gauge(descSource, one(st.Store.Source == source), string(source))
 	}
 	held := 0

@@ -10,43 +10,55 @@ import (
 	"strings"
 	"time"
 
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 )
 
+// NodesPrefix is the key prefix of the records of nodes, a client.NodeRecord each.
+const NodesPrefix = "/flotilla/nodes/"
+
 // records returns the records of the live nodes by name and the store revision
 // they were read at. A record that cannot be read still is a node.
-func (s *Server) records(ctx context.Context) ([]NodeRecord, int64, error) {
+func (s *Server) records(ctx context.Context) ([]client.NodeRecord, int64, error) {
 	items, revision, err := s.Store.List(ctx, NodesPrefix)
 	if err != nil {
 		return nil, 0, err
 	}
-	records := make([]NodeRecord, len(items))
+	records := make([]client.NodeRecord, len(items))
 	for i, kv := range items {
 		records[i] = record(kv)
 	}
 	return records, revision, nil
 }
 
-func record(kv store.KV) NodeRecord {
-	var r NodeRecord
+func record(kv store.KV) client.NodeRecord {
+	var r client.NodeRecord
 	if err := json.Unmarshal([]byte(kv.Value), &r); err != nil {
-		r = NodeRecord{}
+		r = client.NodeRecord{}
 	}
 	r.Name = strings.TrimPrefix(kv.Key, NodesPrefix)
 	return r
 }
 
 // nodes answers without the store too: with what can still be found out.
-func (s *Server) nodes(ctx context.Context) (*Nodes, error) {
-	n := &Nodes{Nodes: []ClusterNode{}, Store: s.Store.Status(ctx)}
+func (s *Server) nodes(ctx context.Context) (*client.Nodes, error) {
+	n := &client.Nodes{Nodes: []client.ClusterNode{}, Store: storeOf(s.Store.Status(ctx))}
 	records, _, err := s.records(ctx)
 	if err != nil && n.Store.Quorum {
 		return nil, err
 	}
 	for _, r := range records {
-		n.Nodes = append(n.Nodes, ClusterNode{r, r.Name == s.Node})
+		n.Nodes = append(n.Nodes, client.ClusterNode{NodeRecord: r, Self: r.Name == s.Node})
 	}
 	return n, nil
+}
+
+func storeOf(h store.Health) client.StoreHealth {
+	st := client.StoreHealth{Cluster: h.Cluster, Quorum: h.Quorum, Err: h.Err}
+	for _, m := range h.Members {
+		st.Members = append(st.Members, client.Member(m))
+	}
+	return st
 }
 
 func (s *Server) wait(r *http.Request) (any, error) {
@@ -62,7 +74,7 @@ func (s *Server) wait(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Written{Revision: revision, Applied: applied}, nil
+	return client.Written{Revision: revision, Applied: applied}, nil
 }
 
 // errConverged ends a watch whose purpose is reached.
@@ -70,8 +82,8 @@ var errConverged = errors.New("every node has applied the revision")
 
 // converge returns when every live node has applied revision. A node that goes
 // away meanwhile is no longer waited for, one that comes is.
-func (s *Server) converge(ctx context.Context, revision int64, limit time.Duration) ([]Applied, error) {
-	w := waiting{revision: revision, began: time.Now(), nodes: map[string]Applied{}}
+func (s *Server) converge(ctx context.Context, revision int64, limit time.Duration) ([]client.Applied, error) {
+	w := waiting{revision: revision, began: time.Now(), nodes: map[string]client.Applied{}}
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var last error
@@ -91,9 +103,9 @@ func (s *Server) converge(ctx context.Context, revision int64, limit time.Durati
 			pause.Stop()
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, fail(CodeUnavailable, "", "the node is stopping, or nobody waits any more: %v", err)
+			return nil, client.Errorf(client.CodeUnavailable, "", "the node is stopping, or nobody waits any more: %v", err)
 		}
-		e := fail(CodeNotConverged, "flotilla nodes list shows how far each node is; nothing is undone, the change still spreads",
+		e := client.Errorf(client.CodeNotConverged, "flotilla nodes list shows how far each node is; nothing is undone, the change still spreads",
 			"revision %d is not applied everywhere after %s: %s", revision, limit, w.laggards())
 		if len(w.nodes) == 0 && last != nil {
 			e.Message = fmt.Sprintf("revision %d: no node could be watched for %s: %v", revision, limit, last)
@@ -107,7 +119,7 @@ func (s *Server) converge(ctx context.Context, revision int64, limit time.Durati
 type waiting struct {
 	revision int64
 	began    time.Time
-	nodes    map[string]Applied
+	nodes    map[string]client.Applied
 }
 
 // follow reads all records and watches them until all have the revision, which
@@ -147,11 +159,11 @@ func (w *waiting) follow(ctx context.Context, s *Server) error {
 	})
 }
 
-func (w *waiting) saw(r NodeRecord) {
+func (w *waiting) saw(r client.NodeRecord) {
 	if w.nodes[r.Name].Reached {
 		return
 	}
-	a := Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= w.revision}
+	a := client.Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= w.revision}
 	if a.Reached {
 		a.MS = float64(time.Since(w.began).Microseconds()) / 1000
 	}
@@ -167,12 +179,12 @@ func (w *waiting) done() bool {
 	return len(w.nodes) > 0
 }
 
-func (w *waiting) list() []Applied {
-	list := make([]Applied, 0, len(w.nodes))
+func (w *waiting) list() []client.Applied {
+	list := make([]client.Applied, 0, len(w.nodes))
 	for _, a := range w.nodes {
 		list = append(list, a)
 	}
-	slices.SortFunc(list, func(a, b Applied) int { return strings.Compare(a.Node, b.Node) })
+	slices.SortFunc(list, func(a, b client.Applied) int { return strings.Compare(a.Node, b.Node) })
 	return list
 }
 

@@ -12,15 +12,16 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/router"
 )
 
-func (s *Server) status() NodeStatus {
+func (s *Server) status() client.NodeStatus {
 	snapshot := s.Feed.Latest()
-	st := NodeStatus{
+	st := client.NodeStatus{
 		Name: s.Node, Version: s.Version, Address: s.Address, Domain: s.Domain,
 		Started: s.Started, Uptime: math.Round(time.Since(s.Started).Seconds()*10) / 10,
-		Store: s.storeState(), Services: snapshot.Len(), Router: s.Router.Status(), DNS: DNSStats(s.DNS()),
+		Store: s.storeState(), Services: snapshot.Len(), Router: client.RouterState(s.Router.Status()), DNS: client.DNSStats(s.DNS()),
 	}
 	st.Problems = s.Problems() + len(st.Router.Problems)
 	if snapshot != nil {
@@ -32,22 +33,22 @@ func (s *Server) status() NodeStatus {
 	return st
 }
 
-func (s *Server) storeState() StoreState {
+func (s *Server) storeState() client.StoreState {
 	st := s.StoreState()
 	st.Endpoints = s.Store.Endpoints()
 	return st
 }
 
-func (s *Server) services() []ServiceSummary {
-	list := []ServiceSummary{} // [] in JSON, not null
+func (s *Server) services() []client.ServiceSummary {
+	list := []client.ServiceSummary{} // [] in JSON, not null
 	for _, svc := range s.Feed.Latest().Sorted() {
 		list = append(list, summary(svc))
 	}
 	return list
 }
 
-func summary(svc *catalog.Service) ServiceSummary {
-	sum := ServiceSummary{
+func summary(svc *catalog.Service) client.ServiceSummary {
+	sum := client.ServiceSummary{
 		Name: svc.Name, Scheme: string(svc.Scheme), Endpoints: len(svc.Endpoints), HostPort: svc.HostPort,
 		Private: svc.Private, Domains: svc.Domains, Problems: len(svc.Problems), Revision: svc.Revision,
 	}
@@ -68,24 +69,24 @@ func (s *Server) problems() []catalog.Problem {
 	return append(list, s.Router.Status().Problems...)
 }
 
-func (s *Server) explain(ctx context.Context, name string) (*Explanation, error) {
+func (s *Server) explain(ctx context.Context, name string) (*client.Explanation, error) {
 	snapshot := s.Feed.Latest()
 	svc := snapshot.Service(name)
 	if svc == nil {
 		return nil, s.noService(snapshot, name)
 	}
-	e := &Explanation{ServiceSummary: summary(svc), Shadowed: svc.Shadowed, Problem: slices.Concat([]catalog.Problem{}, svc.Problems), Routes: s.routes(svc)}
+	e := &client.Explanation{ServiceSummary: summary(svc), Shadowed: svc.Shadowed, Problem: slices.Concat([]catalog.Problem{}, svc.Problems), Routes: s.routes(svc)}
 	for _, p := range s.Router.Status().Problems {
 		if strings.HasPrefix(p.Key, catalog.Prefix+name+"/") {
 			e.Problem = append(e.Problem, p)
 		}
 	}
-	e.Serving = []Endpoint{}
+	e.Serving = []client.Endpoint{}
 	for _, p := range svc.Endpoints {
-		e.Serving = append(e.Serving, Endpoint{p.Name, p.Addr.String(), p.Weight, p.Drain, p.Zone})
+		e.Serving = append(e.Serving, client.Endpoint{Name: p.Name, Address: p.Addr.String(), Weight: p.Weight, Drain: p.Drain, Zone: p.Zone})
 	}
 	for _, k := range svc.Keys {
-		x := ExplainedKey{Key: catalog.Prefix + name + "/" + k.Name, Held: k.Held, Value: printable(k.Value), Meaning: meaning(k.Name)}
+		x := client.ExplainedKey{Key: catalog.Prefix + name + "/" + k.Name, Held: k.Held, Value: printable(k.Value), Meaning: meaning(k.Name)}
 		if k.HasGood {
 			x.InForce = printable(k.Good)
 		}
@@ -111,17 +112,17 @@ func (s *Server) explain(ctx context.Context, name string) (*Explanation, error)
 		e.Notes = append(e.Notes, fmt.Sprintf("the other nodes are not known: %v", err))
 	}
 	for _, r := range records {
-		e.Nodes = append(e.Nodes, Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= svc.Revision})
+		e.Nodes = append(e.Nodes, client.Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= svc.Revision})
 	}
 	return e, nil
 }
 
-func (s *Server) noService(snapshot *catalog.Snapshot, name string) *Error {
+func (s *Server) noService(snapshot *catalog.Snapshot, name string) *client.Error {
 	hint := "list them with: flotilla services list"
 	if other := snapshot.Fold(name); other != nil {
 		hint = fmt.Sprintf("there is %s: case matters here", other.Name)
 	}
-	return fail(CodeNotFound, hint, "there is no service %s", strconv.Quote(name))
+	return client.Errorf(client.CodeNotFound, hint, "there is no service %s", strconv.Quote(name))
 }
 
 // printable returns v as it is if a terminal can show it, else quoted.
@@ -155,12 +156,12 @@ func meaning(key string) string {
 }
 
 // routes lists the ways to a service, as far as its keys open them.
-func (s *Server) routes(svc *catalog.Service) []Route {
-	routes := []Route{}
+func (s *Server) routes(svc *catalog.Service) []client.Route {
+	routes := []client.Route{}
 	if !svc.Routable() {
 		return routes
 	}
-	add := func(kind, to, note string) { routes = append(routes, Route{kind, to, note}) }
+	add := func(kind, to, note string) { routes = append(routes, client.Route{Kind: kind, To: to, Note: note}) }
 	if svc.Scheme.IsHTTP() && !svc.Private {
 		type way struct {
 			scheme string
@@ -211,8 +212,8 @@ func url(scheme, host string, port int) string {
 // classes names the answers counted in router.ServiceStats.Requests.
 var classes = [6]string{"other", "1xx", "2xx", "3xx", "4xx", "5xx"}
 
-func counters(st router.ServiceStats) *Counters {
-	c := &Counters{
+func counters(st router.ServiceStats) *client.Counters {
+	c := &client.Counters{
 		Requests: map[string]uint64{}, Connections: st.Connections, Errors: st.Errors, Retries: st.Retries,
 		BytesIn: st.BytesIn, BytesOut: st.BytesOut, Active: st.Active, Queued: st.Queued,
 		ResponseMS: st.ResponseMillis, TotalMS: st.TotalMillis,
@@ -230,7 +231,7 @@ func revisionOf(r *http.Request) (int64, error) {
 	text := r.URL.Query().Get("revision")
 	n, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || n < 1 {
-		return 0, fail(CodeBadRequest, "", "revision=%q is not a store revision", text)
+		return 0, client.Errorf(client.CodeBadRequest, "", "revision=%q is not a store revision", text)
 	}
 	return n, nil
 }
@@ -243,7 +244,7 @@ func durationOf(r *http.Request, name string, fallback time.Duration) (time.Dura
 	}
 	d, err := time.ParseDuration(text)
 	if err != nil || d <= 0 || d > time.Hour {
-		return 0, fail(CodeBadRequest, "", "%s=%q is not a time such as 30s, up to 1h", name, text)
+		return 0, client.Errorf(client.CodeBadRequest, "", "%s=%q is not a time such as 30s, up to 1h", name, text)
 	}
 	return d, nil
 }

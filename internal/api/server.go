@@ -1,6 +1,5 @@
-// Package api is a node's HTTP surface: the API on its unix socket, the health
-// checks and metrics on its operations socket, and the client that the command
-// line uses. It knows the components of its node and the shape of every answer;
+// Package api is a node's HTTP surface: the API on its unix socket, and the
+// health checks and metrics on its operations socket. It knows the components of its node and the shape of every answer;
 // it must not know HAProxy, how etcd is reached, or how answers are shown to
 // people.
 package api
@@ -16,7 +15,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -24,6 +22,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/dns"
 	"flotilla/internal/router"
 	"flotilla/internal/store"
@@ -56,7 +55,7 @@ type Config struct {
 	Store      *store.Client
 	Router     Router
 	DNS        func() dns.Stats
-	StoreState func() StoreState
+	StoreState func() client.StoreState
 	Problems   func() int      // of all services
 	Warnings   func() []string // troubles of this node; nil: none
 	// AcceptEpoch tells the reflector that the store's present content is the
@@ -96,7 +95,7 @@ func (s *Server) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ops, err := net.Listen("unix", socketAddress(s.OpsSocket))
+	ops, err := net.Listen("unix", client.SocketAddress(s.OpsSocket))
 	if err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) { // its text has the padding in it
 			err = errors.New("another node with this address and balancer port runs")
@@ -146,17 +145,6 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	}
 	<-ended
 	return nil
-}
-
-// socketAddress returns what the net package takes for the socket of that name. An
-// abstract one ("@name") needs no directory that HAProxy's user can enter, and is
-// padded with zeros as HAProxy pads it.
-func socketAddress(name string) string {
-	const size = 108 // of sun_path
-	if strings.HasPrefix(name, "@") && len(name) < size {
-		name += strings.Repeat("\x00", size-len(name))
-	}
-	return name
 }
 
 // Listen opens a socket of the API, for its owner and group. One that a dead
@@ -237,9 +225,9 @@ func jsonErrors(mux *http.ServeMux, log *slog.Logger) http.Handler {
 		switch allow := found.header.Get("Allow"); {
 		case found.status == http.StatusMethodNotAllowed:
 			w.Header().Set("Allow", allow)
-			writeError(w, r, log, fail(CodeNotAllowed, "", "%s does not take %s, only %s", r.URL.Path, r.Method, allow))
+			writeError(w, r, log, client.Errorf(client.CodeNotAllowed, "", "%s does not take %s, only %s", r.URL.Path, r.Method, allow))
 		default:
-			writeError(w, r, log, fail(CodeNotFound, "", "there is nothing at %s", r.URL.Path))
+			writeError(w, r, log, client.Errorf(client.CodeNotFound, "", "there is nothing at %s", r.URL.Path))
 		}
 	})
 }
@@ -265,28 +253,28 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 
 func writeError(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
 	e := asError(err)
-	if e.Code == CodeInternal {
+	if e.Code == client.CodeInternal {
 		log.Error("a request ended in an error", "method", r.Method, "path", r.URL.Path, "err", err)
 	}
-	writeJSON(w, statusOf[e.Code], struct {
-		Error *Error `json:"error"`
+	writeJSON(w, e.Code.Status(), struct {
+		Error *client.Error `json:"error"`
 	}{e})
 }
 
 // asError gives an error of the store its code; one that has a code keeps it.
-func asError(err error) *Error {
-	var e *Error
+func asError(err error) *client.Error {
+	var e *client.Error
 	switch {
 	case errors.As(err, &e):
 		return e
 	case errors.Is(err, store.ErrConflict):
-		return fail(CodeConflict, "run it again", "%v", err)
+		return client.Errorf(client.CodeConflict, "run it again", "%v", err)
 	case errors.Is(err, store.ErrUnknown):
-		return fail(CodeUnknown, "look with: flotilla services list", "%v", err)
+		return client.Errorf(client.CodeUnknown, "look with: flotilla services list", "%v", err)
 	case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		return fail(CodeUnavailable, "see: flotilla status, flotilla doctor", "%v", err)
+		return client.Errorf(client.CodeUnavailable, "see: flotilla status, flotilla doctor", "%v", err)
 	}
-	return fail(CodeInternal, "", "%v", err)
+	return client.Errorf(client.CodeInternal, "", "%v", err)
 }
 
 // readBody decodes a JSON body strictly into v; an empty body is allowed.
@@ -301,7 +289,7 @@ func readBody(r *http.Request, v any) error {
 		err = errors.New("more than one JSON value")
 	}
 	if err != nil {
-		return fail(CodeBadRequest, "", "the request's body is not what %s %s takes: %v", r.Method, r.URL.Path, err)
+		return client.Errorf(client.CodeBadRequest, "", "the request's body is not what %s %s takes: %v", r.Method, r.URL.Path, err)
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/dns"
 	"flotilla/internal/router"
 	"flotilla/internal/store"
@@ -49,29 +50,29 @@ type world struct {
 	*Server
 	t      *testing.T
 	router *fixedRouter
-	state  StoreState
-	client *Client
+	state  client.StoreState
+	client *client.Client
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	client, err := store.Open(store.Config{Endpoints: []string{storetest.Start(t)}, Logger: slog.New(slog.DiscardHandler)})
+	etcd, err := store.Open(store.Config{Endpoints: []string{storetest.Start(t)}, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = client.Close() })
+	t.Cleanup(func() { _ = etcd.Close() })
 	dir, err := os.MkdirTemp("", "api")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	w := &world{t: t, router: &fixedRouter{status: router.Status{Serving: true, Applied: 1, Version: "2.6.12"}},
-		state: StoreState{Live: true, Source: SourceLive, Confirmed: time.Now()}}
+		state: client.StoreState{Live: true, Source: client.SourceLive, Confirmed: time.Now()}}
 	w.Server = New(Config{
 		Node: "n1", Version: "test", Address: "10.0.0.11", Domain: "local", Started: time.Now(), Ports: Ports{HTTP: 80, HTTPS: 8443},
 		Socket: filepath.Join(dir, "run", "node.sock"), OpsSocket: "@flotilla-test" + dir,
-		Feed: catalog.NewFeed(), Store: client, Router: w.router, DNS: func() dns.Stats { return dns.Stats{Local: 5} },
-		StoreState: func() StoreState { return w.state }, Problems: func() int { return len(w.problems()) },
+		Feed: catalog.NewFeed(), Store: etcd, Router: w.router, DNS: func() dns.Stats { return dns.Stats{Local: 5} },
+		StoreState: func() client.StoreState { return w.state }, Problems: func() int { return len(w.problems()) },
 		Log: slog.New(slog.DiscardHandler),
 	})
 	ctx, stop := context.WithCancel(t.Context())
@@ -83,8 +84,8 @@ func newWorld(t *testing.T) *world {
 			t.Error(err)
 		}
 	})
-	w.client = Dial(w.Socket)
-	storetest.Wait(t, 10*time.Second, "the sockets", func() bool { _, _, err := Dial(w.OpsSocket).Ops(t.Context(), "/healthz"); return err == nil })
+	w.client = client.Dial(w.Socket)
+	storetest.Wait(t, 10*time.Second, "the sockets", func() bool { _, _, err := client.Dial(w.OpsSocket).Ops(t.Context(), "/healthz"); return err == nil })
 	w.follow()
 	return w
 }
@@ -114,19 +115,19 @@ func (w *world) put(key, value string) int64 {
 
 func (w *world) report(name string, applied int64) {
 	w.t.Helper()
-	raw, err := json.Marshal(NodeRecord{V: 1, Name: name, Address: "10.0.0.1", Applied: applied, Serving: true})
+	raw, err := json.Marshal(client.NodeRecord{V: 1, Name: name, Address: "10.0.0.1", Applied: applied, Serving: true})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.put(NodesPrefix+name, string(raw))
 }
 
-func wantCode(t *testing.T, err error, code Code, text string) Error {
+func wantCode(t *testing.T, err error, code client.Code, text string) client.Error {
 	t.Helper()
-	var e *Error
+	var e *client.Error
 	if !errors.As(err, &e) || e.Code != code || !strings.Contains(e.Message, text) {
 		t.Errorf("error %+v, want %s with %q", err, code, text)
-		return Error{}
+		return client.Error{}
 	}
 	return *e
 }
@@ -135,16 +136,16 @@ func TestServiceLifeCycle(t *testing.T) {
 	w := newWorld(t)
 	ctx := t.Context()
 	scheme := "http"
-	first, err := w.client.Set(ctx, "web", Change{Scheme: &scheme, AddEndpoints: []string{"10.0.0.1:80"}, AddDomains: []string{"www.example.com"}}, 0)
+	first, err := w.client.Set(ctx, "web", client.Change{Scheme: &scheme, AddEndpoints: []string{"10.0.0.1:80"}, AddDomains: []string{"www.example.com"}}, 0)
 	if err != nil || !first.Changed || first.Revision < 2 {
 		t.Fatalf("set: %+v, error %v", first, err)
 	}
-	again, err := w.client.Set(ctx, "web", Change{Scheme: &scheme}, 0)
+	again, err := w.client.Set(ctx, "web", client.Change{Scheme: &scheme}, 0)
 	if err != nil || again.Changed || again.Revision != first.Revision {
 		t.Errorf("set the same again: %+v, error %v", again, err)
 	}
-	_, err = w.client.Set(ctx, "web", Change{AddEndpoints: []string{"10.0.0.2:http"}}, 0)
-	wantCode(t, err, CodeInvalid, "10.0.0.2:http")
+	_, err = w.client.Set(ctx, "web", client.Change{AddEndpoints: []string{"10.0.0.2:http"}}, 0)
+	wantCode(t, err, client.CodeInvalid, "10.0.0.2:http")
 	w.put("/services/web/hosts/2", "nonsense")
 	w.put("/services/web/note", "by hand")
 	w.report("n1", 2)
@@ -182,26 +183,26 @@ func TestServiceLifeCycle(t *testing.T) {
 	}
 	w.follow()
 	_, err = w.client.Remove(ctx, "web", 0)
-	wantCode(t, err, CodeNotFound, `there is no service "web"`)
+	wantCode(t, err, client.CodeNotFound, `there is no service "web"`)
 	_, err = w.client.Explain(ctx, "a/b")
-	wantCode(t, err, CodeNotFound, "there is no service")
+	wantCode(t, err, client.CodeNotFound, "there is no service")
 }
 
 // Writers that change one service at the same time lose nothing.
 func TestConcurrentChanges(t *testing.T) {
 	w := newWorld(t)
 	scheme := "http"
-	if _, err := w.client.Set(t.Context(), "web", Change{Scheme: &scheme}, 0); err != nil {
+	if _, err := w.client.Set(t.Context(), "web", client.Change{Scheme: &scheme}, 0); err != nil {
 		t.Fatal(err)
 	}
 	var g sync.WaitGroup
 	for i := range 4 {
 		g.Go(func() {
-			change := Change{AddEndpoints: []string{fmt.Sprintf("10.0.0.%d:80", i+1)}}
+			change := client.Change{AddEndpoints: []string{fmt.Sprintf("10.0.0.%d:80", i+1)}}
 			for {
 				_, err := w.client.Set(t.Context(), "web", change, 0)
-				var e *Error
-				if errors.As(err, &e) && e.Code == CodeConflict {
+				var e *client.Error
+				if errors.As(err, &e) && e.Code == client.CodeConflict {
 					continue
 				}
 				if err != nil {
@@ -223,7 +224,7 @@ func TestWait(t *testing.T) {
 	w.report("n1", 50)
 	w.report("n2", 10)
 	_, err := w.client.Wait(t.Context(), 50, 200*time.Millisecond)
-	e := wantCode(t, err, CodeNotConverged, "n2 is at 10")
+	e := wantCode(t, err, client.CodeNotConverged, "n2 is at 10")
 	if len(e.Applied) != 2 || !e.Applied[0].Reached || e.Applied[1].Reached {
 		t.Errorf("applied %+v", e.Applied)
 	}
@@ -266,20 +267,20 @@ func TestErrorsAreJSON(t *testing.T) {
 	for _, test := range []struct {
 		method, path, body string
 		status             int
-		code               Code
+		code               client.Code
 	}{
-		{http.MethodGet, "/v1/nothing", "", 404, CodeNotFound},
-		{http.MethodPatch, "/v1/services/web", "", 405, CodeNotAllowed},
-		{http.MethodPut, "/v1/services/web", "{", 400, CodeBadRequest},
-		{http.MethodPut, "/v1/services/web", `{"shceme":"http"}`, 400, CodeBadRequest},
-		{http.MethodPut, "/v1/services/web", `{} {}`, 400, CodeBadRequest},
-		{http.MethodPut, "/v1/services/web?wait=x", `{}`, 400, CodeBadRequest},
-		{http.MethodPut, "/v1/services/a%2Fb", `{"scheme":"http"}`, 422, CodeInvalid},
-		{http.MethodPost, "/v1/confirm", "", 409, CodeConflict},
+		{http.MethodGet, "/v1/nothing", "", 404, client.CodeNotFound},
+		{http.MethodPatch, "/v1/services/web", "", 405, client.CodeNotAllowed},
+		{http.MethodPut, "/v1/services/web", "{", 400, client.CodeBadRequest},
+		{http.MethodPut, "/v1/services/web", `{"shceme":"http"}`, 400, client.CodeBadRequest},
+		{http.MethodPut, "/v1/services/web", `{} {}`, 400, client.CodeBadRequest},
+		{http.MethodPut, "/v1/services/web?wait=x", `{}`, 400, client.CodeBadRequest},
+		{http.MethodPut, "/v1/services/a%2Fb", `{"scheme":"http"}`, 422, client.CodeInvalid},
+		{http.MethodPost, "/v1/confirm", "", 409, client.CodeConflict},
 	} {
 		a := httptest.NewRecorder()
 		w.Handler().ServeHTTP(a, httptest.NewRequest(test.method, test.path, strings.NewReader(test.body)))
-		var body struct{ Error Error }
+		var body struct{ Error client.Error }
 		if err := json.Unmarshal(a.Body.Bytes(), &body); err != nil || a.Code != test.status || body.Error.Code != test.code || body.Error.Message == "" {
 			t.Errorf("%s %s: %d %s", test.method, test.path, a.Code, a.Body)
 		}
@@ -331,7 +332,7 @@ func TestConfirm(t *testing.T) {
 
 func TestOps(t *testing.T) {
 	w := newWorld(t)
-	ops := Dial(w.OpsSocket)
+	ops := client.Dial(w.OpsSocket)
 	check := func(path string, want bool, text string) {
 		t.Helper()
 		got, ok, err := ops.Ops(t.Context(), path)
@@ -380,8 +381,8 @@ func TestSockets(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	_, err = Dial(old).Status(t.Context())
-	wantCode(t, err, CodeNoNode, "no node answers on "+old)
+	_, err = client.Dial(old).Status(t.Context())
+	wantCode(t, err, client.CodeNoNode, "no node answers on "+old)
 	fresh, err := Listen(old)
 	if err != nil {
 		t.Fatalf("a socket that was left behind: %v", err)
@@ -389,8 +390,8 @@ func TestSockets(t *testing.T) {
 	if err := fresh.Close(); err != nil {
 		t.Error(err)
 	}
-	_, err = Dial(filepath.Join(t.TempDir(), "none")).Status(t.Context())
-	if e := wantCode(t, err, CodeNoNode, "no node answers"); !strings.Contains(e.Hint, "--socket") {
+	_, err = client.Dial(filepath.Join(t.TempDir(), "none")).Status(t.Context())
+	if e := wantCode(t, err, client.CodeNoNode, "no node answers"); !strings.Contains(e.Hint, "--socket") {
 		t.Errorf("hint %q", e.Hint)
 	}
 }
@@ -411,8 +412,8 @@ func TestStoreAway(t *testing.T) {
 		t.Error(err)
 	}
 	scheme := "http"
-	_, err = w.client.Set(t.Context(), "web", Change{Scheme: &scheme}, 0)
-	wantCode(t, err, CodeUnavailable, "store")
+	_, err = w.client.Set(t.Context(), "web", client.Change{Scheme: &scheme}, 0)
+	wantCode(t, err, client.CodeUnavailable, "store")
 	n, err := w.client.Nodes(t.Context())
 	if err != nil || n.Store.Quorum {
 		t.Errorf("nodes %+v, error %v", n, err)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 )
 
@@ -18,7 +19,7 @@ import (
 const attempts = 5
 
 func (s *Server) putService(r *http.Request) (any, error) {
-	var c Change
+	var c client.Change
 	if err := readBody(r, &c); err != nil {
 		return nil, err
 	}
@@ -27,7 +28,7 @@ func (s *Server) putService(r *http.Request) (any, error) {
 		return nil, err
 	}
 	name := r.PathValue("name")
-	return s.written(r.Context(), wait, func(ctx context.Context) (Written, error) { return s.change(ctx, name, c) })
+	return s.written(r.Context(), wait, func(ctx context.Context) (client.Written, error) { return s.change(ctx, name, c) })
 }
 
 func (s *Server) deleteService(r *http.Request) (any, error) {
@@ -36,11 +37,11 @@ func (s *Server) deleteService(r *http.Request) (any, error) {
 		return nil, err
 	}
 	name := r.PathValue("name")
-	return s.written(r.Context(), wait, func(ctx context.Context) (Written, error) { return s.remove(ctx, name) })
+	return s.written(r.Context(), wait, func(ctx context.Context) (client.Written, error) { return s.remove(ctx, name) })
 }
 
 // written does a write and, if wait is not 0, waits for the nodes.
-func (s *Server) written(ctx context.Context, wait time.Duration, write func(context.Context) (Written, error)) (any, error) {
+func (s *Server) written(ctx context.Context, wait time.Duration, write func(context.Context) (client.Written, error)) (any, error) {
 	w, err := write(ctx)
 	if err != nil || wait == 0 {
 		return w, err
@@ -51,39 +52,39 @@ func (s *Server) written(ctx context.Context, wait time.Duration, write func(con
 
 // change carries out c in one transaction that is guarded by what it was
 // planned from.
-func (s *Server) change(ctx context.Context, service string, c Change) (Written, error) {
+func (s *Server) change(ctx context.Context, service string, c client.Change) (client.Written, error) {
 	if service == "" || strings.Contains(service, "/") {
-		return Written{}, fail(CodeInvalid, "use letters, digits, '-' and '_'", "%s is not a service name", strconv.Quote(service))
+		return client.Written{}, client.Errorf(client.CodeInvalid, "use letters, digits, '-' and '_'", "%s is not a service name", strconv.Quote(service))
 	}
 	var err error
 	for range attempts {
 		var have keys
 		if have, err = s.keys(ctx, service); err != nil {
-			return Written{}, err
+			return client.Written{}, err
 		}
 		var e edits
-		if e, err = c.edit(have); err != nil {
-			return Written{}, err
+		if e, err = edit(&c, have); err != nil {
+			return client.Written{}, err
 		}
 		if err = e.check(service, have, s.Policy, s.Feed.Latest()); err != nil {
-			return Written{}, err
+			return client.Written{}, err
 		}
 		if len(e) == 0 {
-			return Written{Revision: have.revision()}, nil
+			return client.Written{Revision: have.revision()}, nil
 		}
 		if len(e) > store.MaxOps {
-			return Written{}, fail(CodeBadRequest, "split it", "a change of %d keys is too large: one can have %d", len(e), store.MaxOps)
+			return client.Written{}, client.Errorf(client.CodeBadRequest, "split it", "a change of %d keys is too large: one can have %d", len(e), store.MaxOps)
 		}
 		var revision int64
 		if revision, err = s.Store.Apply(ctx, e.ops(service), e.guards(service, have)...); err == nil {
 			s.Log.Info("service changed", "service", service, "keys", len(e), "revision", revision)
-			return Written{Revision: revision, Changed: true}, nil
+			return client.Written{Revision: revision, Changed: true}, nil
 		}
 		if !errors.Is(err, store.ErrConflict) {
 			break
 		}
 	}
-	return Written{}, fmt.Errorf("change service %s: %w", service, err)
+	return client.Written{}, fmt.Errorf("change service %s: %w", service, err)
 }
 
 // keys reads those of one service from the store.
@@ -130,20 +131,20 @@ func (e edits) guards(service string, have keys) []store.Cond {
 	return conds
 }
 
-func (s *Server) remove(ctx context.Context, service string) (Written, error) {
+func (s *Server) remove(ctx context.Context, service string) (client.Written, error) {
 	have, err := s.keys(ctx, service)
 	if err != nil {
-		return Written{}, err
+		return client.Written{}, err
 	}
 	if len(have) == 0 {
-		return Written{}, s.noService(s.Feed.Latest(), service)
+		return client.Written{}, s.noService(s.Feed.Latest(), service)
 	}
 	revision, err := s.Store.Apply(ctx, []store.Op{store.DeletePrefix(catalog.Prefix + service + "/")})
 	if err != nil {
-		return Written{}, fmt.Errorf("remove service %s: %w", service, err)
+		return client.Written{}, fmt.Errorf("remove service %s: %w", service, err)
 	}
 	s.Log.Info("service removed", "service", service, "keys", len(have), "revision", revision)
-	return Written{Revision: revision, Changed: true}, nil
+	return client.Written{Revision: revision, Changed: true}, nil
 }
 
 // drain turns this node's drain on or off.
@@ -151,8 +152,12 @@ func (s *Server) drain(draining bool) (any, error) {
 	if err := s.Router.SetDraining(draining); err != nil {
 		return nil, fmt.Errorf("set draining to %t: %w", draining, err)
 	}
-	return s.Router.Status(), nil
+	return client.RouterState(s.Router.Status()), nil
 }
+
+// ConfirmedKey holds, as a decimal number, the highest store revision up to
+// which a mass disappearance of endpoints was confirmed.
+const ConfirmedKey = "/flotilla/confirmed"
 
 // confirm accepts a held disappearance of endpoints for the whole cluster, and
 // on this node a store whose content is another than before.
@@ -160,11 +165,11 @@ func (s *Server) confirm(r *http.Request) (any, error) {
 	if s.StoreState().Held && s.AcceptEpoch != nil {
 		s.AcceptEpoch()
 		s.Log.Warn("the store's new content was accepted by hand")
-		return Written{Changed: true}, nil
+		return client.Written{Changed: true}, nil
 	}
 	snapshot := s.Feed.Latest()
 	if snapshot == nil || snapshot.Held == nil {
-		return nil, fail(CodeConflict, "", "nothing is held back on this node")
+		return nil, client.Errorf(client.CodeConflict, "", "nothing is held back on this node")
 	}
 	upTo := snapshot.Held.Revision
 	revision, err := s.Store.Apply(r.Context(), []store.Op{store.Put(ConfirmedKey, strconv.FormatInt(upTo, 10))})
@@ -172,5 +177,5 @@ func (s *Server) confirm(r *http.Request) (any, error) {
 		return nil, fmt.Errorf("confirm up to revision %d: %w", upTo, err)
 	}
 	s.Log.Info("a mass disappearance of endpoints was confirmed by hand", "revision", upTo)
-	return Written{Revision: revision, Changed: true}, nil
+	return client.Written{Revision: revision, Changed: true}, nil
 }

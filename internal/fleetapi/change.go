@@ -8,6 +8,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 const (
@@ -31,7 +32,7 @@ type step struct {
 	destroy bool
 	want    string                // the record to put, encoded
 	have    record[registry.Unit] // from which this was decided
-	result  Result                // once it is written, or at once if there is nothing to write
+	result  unitapi.Result        // once it is written, or at once if there is nothing to write
 	refusal *fleetError           // fleet's answer instead
 }
 
@@ -40,7 +41,7 @@ type step struct {
 type decide func(i int, have record[registry.Unit]) step
 
 // put is a step that writes a record, unless it is what is there already.
-func put(have record[registry.Unit], u registry.Unit, result Result) step {
+func put(have record[registry.Unit], u registry.Unit, result unitapi.Result) step {
 	u.V = registry.Version
 	result.Desired = u.Desired
 	if have.found && have.err == nil && have.registry == u {
@@ -202,13 +203,13 @@ func inBatches(indexes []int, steps []step) [][]int {
 }
 
 // sizeProblem says that a unit is too large to be stored, or nil.
-func sizeProblem(text string) *Problem {
+func sizeProblem(text string) *unitapi.Problem {
 	u := registry.Unit{V: registry.Version, Text: text, Desired: registry.Launched}
 	if len(text) <= maxRecord/6 { // as JSON no byte takes more than six
 		return nil
 	}
 	if size := len(registry.Encode(u)); size > maxRecord {
-		return &Problem{Reason: fmt.Sprintf("the unit file is too large: it takes %d bytes in the store, and the limit is %d", size, maxRecord),
+		return &unitapi.Problem{Reason: fmt.Sprintf("the unit file is too large: it takes %d bytes in the store, and the limit is %d", size, maxRecord),
 			Remedy: "move data into a file on the machines, or into an image"}
 	}
 	return nil
@@ -224,10 +225,10 @@ func templateReason(name string, desired registry.Desired) string {
 }
 
 // submit decides about one unit file of the native API.
-func submit(in Submission) func(have record[registry.Unit]) step {
-	refused := func(reason string, problems ...Problem) func(record[registry.Unit]) step {
+func submit(in unitapi.Submission) func(have record[registry.Unit]) step {
+	refused := func(reason string, problems ...unitapi.Problem) func(record[registry.Unit]) step {
 		return func(have record[registry.Unit]) step {
-			return step{result: Result{Name: in.Name, Outcome: Refused, Reason: reason, Problems: problems, Desired: have.registry.Desired}}
+			return step{result: unitapi.Result{Name: in.Name, Outcome: unitapi.Refused, Reason: reason, Problems: problems, Desired: have.registry.Desired}}
 		}
 	}
 	if err := unit.CheckName(in.Name); err != nil {
@@ -256,24 +257,24 @@ func submit(in Submission) func(have record[registry.Unit]) step {
 	}
 	hash := f.Hash()
 	return func(have record[registry.Unit]) step {
-		result := Result{Name: in.Name, Outcome: Created, Problems: problems}
+		result := unitapi.Result{Name: in.Name, Outcome: unitapi.Created, Problems: problems}
 		u := have.registry
 		switch {
 		case have.found && have.err != nil:
-			return step{result: Result{Name: in.Name, Outcome: Refused, Reason: "what is stored under this name cannot be read: " + have.err.Error() + "; destroy it first"}}
+			return step{result: unitapi.Result{Name: in.Name, Outcome: unitapi.Refused, Reason: "what is stored under this name cannot be read: " + have.err.Error() + "; destroy it first"}}
 		case !have.found:
 			u = registry.Unit{Text: in.Text, Desired: registry.Inactive}
 		case u.Text == in.Text:
-			result.Outcome = Unchanged
+			result.Outcome = unitapi.Unchanged
 		default:
 			old, err := unit.Parse(u.Text)
 			switch {
 			case err == nil && old.Hash() == hash: // comments and spacing
-				result.Outcome = Unchanged
+				result.Outcome = unitapi.Unchanged
 			case in.Replace:
-				result.Outcome = Replaced
+				result.Outcome = unitapi.Replaced
 			default:
-				result.Outcome = Differs
+				result.Outcome = unitapi.Differs
 			}
 			if in.Replace {
 				u.Text = in.Text
@@ -283,33 +284,33 @@ func submit(in Submission) func(have record[registry.Unit]) step {
 			u.Desired = in.Desired
 		}
 		s := put(have, u, result)
-		if s.write && result.Outcome == Unchanged {
-			s.result.Outcome = Updated
+		if s.write && result.Outcome == unitapi.Unchanged {
+			s.result.Outcome = unitapi.Updated
 		}
 		return s
 	}
 }
 
-func problemOf(err error) Problem {
+func problemOf(err error) unitapi.Problem {
 	var p unit.Problem
 	if errors.As(err, &p) {
-		return Problem(p)
+		return unitapi.Problem(p)
 	}
-	return Problem{Reason: err.Error()}
+	return unitapi.Problem{Reason: err.Error()}
 }
 
 // alter decides about one unit of POST /v1/units/change.
-func alter(name string, c Changes) func(have record[registry.Unit]) step {
+func alter(name string, c unitapi.Changes) func(have record[registry.Unit]) step {
 	return func(have record[registry.Unit]) step {
 		u := have.registry
 		refused := func(reason string) step {
-			return step{result: Result{Name: name, Outcome: Refused, Reason: reason, Desired: u.Desired}}
+			return step{result: unitapi.Result{Name: name, Outcome: unitapi.Refused, Reason: reason, Desired: u.Desired}}
 		}
 		switch {
 		case !have.found:
-			return step{result: Result{Name: name, Outcome: Missing}}
+			return step{result: unitapi.Result{Name: name, Outcome: unitapi.Missing}}
 		case c.Destroy:
-			return step{write: true, destroy: true, result: Result{Name: name, Outcome: Changed}}
+			return step{write: true, destroy: true, result: unitapi.Result{Name: name, Outcome: unitapi.Changed}}
 		case have.err != nil:
 			return refused("what is stored cannot be read: " + have.err.Error())
 		case c.Restart && u.Desired == registry.Launched:
@@ -324,9 +325,9 @@ func alter(name string, c Changes) func(have record[registry.Unit]) step {
 		if reason := templateReason(name, u.Desired); reason != "" {
 			return refused(reason)
 		}
-		s := put(have, u, Result{Name: name, Outcome: Unchanged})
+		s := put(have, u, unitapi.Result{Name: name, Outcome: unitapi.Unchanged})
 		if s.write {
-			s.result.Outcome = Changed
+			s.result.Outcome = unitapi.Changed
 		}
 		return s
 	}

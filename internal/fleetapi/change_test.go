@@ -13,6 +13,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/unitapi"
 )
 
 // stored reads the record of a unit.
@@ -30,85 +31,85 @@ func TestSubmitOutcomes(t *testing.T) {
 	one, commented, two := text("/bin/true"), "# ours\n"+text("/bin/true"), text("/bin/false")
 	bad := "[Service]\nExecStart=/bin/true\n[X-Fleet]\nGlobal=yes\nReplaces=b.service\nWehre=x\n"
 	for i, tc := range []struct {
-		in      Submission
-		outcome Outcome
+		in      unitapi.Submission
+		outcome unitapi.Outcome
 		desired registry.Desired
 		text    string
 		reason  string
 	}{
-		{Submission{Name: "a.service", Text: one}, Created, "inactive", one, ""},
-		{Submission{Name: "a.service", Text: one}, Unchanged, "inactive", one, ""},
-		{Submission{Name: "a.service", Text: one, Desired: "launched"}, Updated, "launched", one, ""},
-		{Submission{Name: "a.service", Text: commented}, Unchanged, "launched", one, ""},
-		{Submission{Name: "a.service", Text: commented, Replace: true}, Updated, "launched", commented, ""},
-		{Submission{Name: "a.service", Text: two, Desired: "loaded"}, Differs, "loaded", commented, ""},
-		{Submission{Name: "a.service", Text: two}, Differs, "loaded", commented, ""},
-		{Submission{Name: "a.service", Text: two, Replace: true}, Replaced, "loaded", two, ""},
-		{Submission{Name: "a.service", Text: one, Replace: true, Desired: "launched"}, Replaced, "launched", one, ""},
-		{Submission{Name: "a.service", Text: bad, Replace: true}, Refused, "launched", one, "asks for what cannot be"},
-		{Submission{Name: "a.service", Text: "ExecStart=\n[x", Replace: true}, Refused, "launched", one, "cannot be read"},
-		{Submission{Name: "a.service", Text: one, Desired: "bogus"}, Refused, "launched", one, `invalid desired state "bogus"`},
-		{Submission{Name: "a.service", Text: strings.Repeat("# "+strings.Repeat("x", 1<<19)+"\n", 4) + one}, Refused, "launched", one, "too large"},
-		{Submission{Name: "a.foo", Text: one}, Refused, "", "", `invalid unit type: "foo"`},
-		{Submission{Name: "a@.service", Text: one, Desired: "loaded"}, Refused, "", "", "cannot activate template"},
-		{Submission{Name: "a@.service", Text: one}, Created, "inactive", one, ""},
+		{unitapi.Submission{Name: "a.service", Text: one}, unitapi.Created, "inactive", one, ""},
+		{unitapi.Submission{Name: "a.service", Text: one}, unitapi.Unchanged, "inactive", one, ""},
+		{unitapi.Submission{Name: "a.service", Text: one, Desired: "launched"}, unitapi.Updated, "launched", one, ""},
+		{unitapi.Submission{Name: "a.service", Text: commented}, unitapi.Unchanged, "launched", one, ""},
+		{unitapi.Submission{Name: "a.service", Text: commented, Replace: true}, unitapi.Updated, "launched", commented, ""},
+		{unitapi.Submission{Name: "a.service", Text: two, Desired: "loaded"}, unitapi.Differs, "loaded", commented, ""},
+		{unitapi.Submission{Name: "a.service", Text: two}, unitapi.Differs, "loaded", commented, ""},
+		{unitapi.Submission{Name: "a.service", Text: two, Replace: true}, unitapi.Replaced, "loaded", two, ""},
+		{unitapi.Submission{Name: "a.service", Text: one, Replace: true, Desired: "launched"}, unitapi.Replaced, "launched", one, ""},
+		{unitapi.Submission{Name: "a.service", Text: bad, Replace: true}, unitapi.Refused, "launched", one, "asks for what cannot be"},
+		{unitapi.Submission{Name: "a.service", Text: "ExecStart=\n[x", Replace: true}, unitapi.Refused, "launched", one, "cannot be read"},
+		{unitapi.Submission{Name: "a.service", Text: one, Desired: "bogus"}, unitapi.Refused, "launched", one, `invalid desired state "bogus"`},
+		{unitapi.Submission{Name: "a.service", Text: strings.Repeat("# "+strings.Repeat("x", 1<<19)+"\n", 4) + one}, unitapi.Refused, "launched", one, "too large"},
+		{unitapi.Submission{Name: "a.foo", Text: one}, unitapi.Refused, "", "", `invalid unit type: "foo"`},
+		{unitapi.Submission{Name: "a@.service", Text: one, Desired: "loaded"}, unitapi.Refused, "", "", "cannot activate template"},
+		{unitapi.Submission{Name: "a@.service", Text: one}, unitapi.Created, "inactive", one, ""},
 	} {
 		r := w.submit(tc.in).Results[0]
 		u, _ := w.stored(tc.in.Name)
 		if r.Outcome != tc.outcome || r.Desired != tc.desired || u.Desired != tc.desired || u.Text != tc.text || !strings.Contains(r.Reason, tc.reason) {
 			t.Errorf("%d: %+v, stored %+v; want %s %s", i, r, u, tc.outcome, tc.desired)
 		}
-		if (r.Outcome == Refused) != (r.Reason != "") {
+		if (r.Outcome == unitapi.Refused) != (r.Reason != "") {
 			t.Errorf("%d: %s with reason %q", i, r.Outcome, r.Reason)
 		}
 	}
-	got := w.submit(Submission{Name: "b.service", Text: bad}).Results[0].Problems
-	want := []Problem{
+	got := w.submit(unitapi.Submission{Name: "b.service", Text: bad}).Results[0].Problems
+	want := []unitapi.Problem{
 		{Line: 5, Key: "Replaces", Value: "b.service", Reason: "Global cannot be used with Replaces", Remedy: "remove Global (line 4) or Replaces (line 5)"},
 		{Line: 6, Key: "Wehre", Value: "x", Reason: `unrecognized requirement in [X-Fleet] section: "Wehre"`, Remedy: "it has no effect: write Where", Warning: true},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
-	if got := w.submit(Submission{Name: "c.service", Text: one}, Submission{Name: "c.service", Text: two}, Submission{Name: "d.service", Text: one}); got.outcomes() != "created refused created" {
-		t.Errorf("the same name twice: %s", got.outcomes())
+	if got := w.submit(unitapi.Submission{Name: "c.service", Text: one}, unitapi.Submission{Name: "c.service", Text: two}, unitapi.Submission{Name: "d.service", Text: one}); outcomes(got) != "created refused created" {
+		t.Errorf("the same name twice: %s", outcomes(got))
 	}
 }
 
 func TestChangeOutcomes(t *testing.T) {
 	w := start(t)
-	w.submit(Submission{Name: "a.service", Text: text("a")}, Submission{Name: "b.service", Text: text("b"), Desired: "launched"}, Submission{Name: "t@.service", Text: text("t")})
+	w.submit(unitapi.Submission{Name: "a.service", Text: text("a")}, unitapi.Submission{Name: "b.service", Text: text("b"), Desired: "launched"}, unitapi.Submission{Name: "t@.service", Text: text("t")})
 	w.put("units/x.service", "nonsense")
 	w.put("moves/b.service", registry.Encode(registry.Move{V: 1, To: "m2"}))
 	all := []string{"a.service", "b.service", "t@.service", "x.service", "none.service", "a.service"}
 	for i, tc := range []struct {
-		in    Changes
+		in    unitapi.Changes
 		want  string
 		check string // desired states and restarts of a and b
 	}{
-		{Changes{Restart: true}, "refused changed refused refused missing", "inactive 0 launched 1"},
-		{Changes{Desired: "loaded"}, "changed changed refused refused missing", "loaded 0 loaded 1"},
-		{Changes{Desired: "loaded"}, "unchanged unchanged refused refused missing", "loaded 0 loaded 1"},
-		{Changes{Restart: true}, "changed changed refused refused missing", "launched 0 launched 1"},
-		{Changes{Desired: "inactive"}, "changed changed unchanged refused missing", "inactive 0 inactive 1"},
-		{Changes{Destroy: true}, "changed changed changed changed missing", " 0  0"},
-		{Changes{Destroy: true}, "missing missing missing missing missing", " 0  0"},
+		{unitapi.Changes{Restart: true}, "refused changed refused refused missing", "inactive 0 launched 1"},
+		{unitapi.Changes{Desired: "loaded"}, "changed changed refused refused missing", "loaded 0 loaded 1"},
+		{unitapi.Changes{Desired: "loaded"}, "unchanged unchanged refused refused missing", "loaded 0 loaded 1"},
+		{unitapi.Changes{Restart: true}, "changed changed refused refused missing", "launched 0 launched 1"},
+		{unitapi.Changes{Desired: "inactive"}, "changed changed unchanged refused missing", "inactive 0 inactive 1"},
+		{unitapi.Changes{Destroy: true}, "changed changed changed changed missing", " 0  0"},
+		{unitapi.Changes{Destroy: true}, "missing missing missing missing missing", " 0  0"},
 	} {
 		tc.in.Names = all
-		var out Results
+		var out unitapi.Results
 		w.native("POST", "/v1/units/change", tc.in, 200, &out)
 		a, _ := w.stored("a.service")
 		b, _ := w.stored("b.service")
-		if check := fmt.Sprintf("%s %d %s %d", a.Desired, a.Restarts, b.Desired, b.Restarts); out.outcomes() != tc.want || check != tc.check {
-			t.Errorf("%d: %s and %q, want %s and %q", i, out.outcomes(), check, tc.want, tc.check)
+		if check := fmt.Sprintf("%s %d %s %d", a.Desired, a.Restarts, b.Desired, b.Restarts); outcomes(out) != tc.want || check != tc.check {
+			t.Errorf("%d: %s and %q, want %s and %q", i, outcomes(out), check, tc.want, tc.check)
 		}
 	}
 	if _, found, _ := w.Store.Get(t.Context(), w.Keys.Move("b.service")); found {
 		t.Error("the move of a unit outlives it")
 	}
-	w.native("POST", "/v1/units/change", Changes{Names: all}, 400, nil)
-	w.native("POST", "/v1/units/change", Changes{Names: all, Destroy: true, Restart: true}, 400, nil)
-	w.native("POST", "/v1/units/change", Changes{Names: all, Desired: "bogus"}, 400, nil)
+	w.native("POST", "/v1/units/change", unitapi.Changes{Names: all}, 400, nil)
+	w.native("POST", "/v1/units/change", unitapi.Changes{Names: all, Destroy: true, Restart: true}, 400, nil)
+	w.native("POST", "/v1/units/change", unitapi.Changes{Names: all, Desired: "bogus"}, 400, nil)
 	w.native("POST", "/v1/units/change", map[string]any{"name": "a.service"}, 400, nil)
 	w.native("POST", "/v1/units", nil, 400, nil)
 }
@@ -116,26 +117,26 @@ func TestChangeOutcomes(t *testing.T) {
 // 500 units are about ten transactions, each of them one revision of the store.
 func TestManyUnitsAreFewTransactions(t *testing.T) {
 	w := start(t)
-	var units []Submission
+	var units []unitapi.Submission
 	var names []string
 	for i := range 500 {
 		names = append(names, fmt.Sprintf("u@%d.service", i))
-		units = append(units, Submission{Name: names[i], Text: text("/bin/sleep 1000"), Desired: "launched"})
+		units = append(units, unitapi.Submission{Name: names[i], Text: text("/bin/sleep 1000"), Desired: "launched"})
 	}
 	before := w.put("mark", "")
 	out := w.submit(units...)
-	if n := strings.Count(out.outcomes(), "created"); n != 500 || out.Revision-before > 12 {
+	if n := strings.Count(outcomes(out), "created"); n != 500 || out.Revision-before > 12 {
 		t.Errorf("%d units in %d transactions", n, out.Revision-before)
 	}
-	var list Units
+	var list unitapi.Units
 	w.native("GET", "/v1/units", nil, 200, &list)
 	if len(list.Units) != 500 || list.Revision < out.Revision {
 		t.Errorf("%d units at %d, written at %d", len(list.Units), list.Revision, out.Revision)
 	}
-	for _, c := range []Changes{{Restart: true}, {Destroy: true}} {
+	for _, c := range []unitapi.Changes{{Restart: true}, {Destroy: true}} {
 		before, c.Names = out.Revision, names
 		w.native("POST", "/v1/units/change", c, 200, &out)
-		if n := strings.Count(out.outcomes(), "changed"); n != 500 || out.Revision-before > 12 {
+		if n := strings.Count(outcomes(out), "changed"); n != 500 || out.Revision-before > 12 {
 			t.Errorf("%+v: %d units in %d transactions", c.Destroy, n, out.Revision-before)
 		}
 	}
@@ -144,21 +145,21 @@ func TestManyUnitsAreFewTransactions(t *testing.T) {
 	for i := range units {
 		units[i].Text = "# " + strings.Repeat("x", 200<<10) + "\n" + text("/bin/true")
 	}
-	if out := w.submit(units...); strings.Count(out.outcomes(), "created") != 20 {
-		t.Errorf("large files: %s", out.outcomes())
+	if out := w.submit(units...); strings.Count(outcomes(out), "created") != 20 {
+		t.Errorf("large files: %s", outcomes(out))
 	}
 }
 
 // Writers on the same units lose nothing: every restart is counted.
 func TestConcurrentWriters(t *testing.T) {
 	w := start(t)
-	w.submit(Submission{Name: "hot.service", Text: text("a"), Desired: "launched"})
-	var others []Submission
+	w.submit(unitapi.Submission{Name: "hot.service", Text: text("a"), Desired: "launched"})
+	var others []unitapi.Submission
 	names := []string{"hot.service"}
 	for i := range 60 {
 		name := fmt.Sprintf("cold@%d.service", i)
 		names = append(names, name)
-		others = append(others, Submission{Name: name, Text: text("a"), Desired: "launched"})
+		others = append(others, unitapi.Submission{Name: name, Text: text("a"), Desired: "launched"})
 	}
 	w.submit(others...)
 	var hot, cold atomic.Int64
@@ -222,7 +223,7 @@ func TestUnknownOutcome(t *testing.T) {
 		t.Run(fmt.Sprint(arrives), func(t *testing.T) {
 			proxy := storetest.NewProxy(t, storetest.Start(t))
 			w := newWorld(t, proxy.Endpoint(), "/flotilla/")
-			w.submit(Submission{Name: "a.service", Text: text("a"), Desired: "launched"})
+			w.submit(unitapi.Submission{Name: "a.service", Text: text("a"), Desired: "launched"})
 			if arrives {
 				proxy.CutAfter(`"restarts":1`, func() {})
 			} else {
@@ -258,7 +259,7 @@ func TestUnknownOutcome(t *testing.T) {
 func TestStoreAway(t *testing.T) {
 	proxy := storetest.NewProxy(t, storetest.Start(t))
 	w := newWorld(t, proxy.Endpoint(), "/flotilla/")
-	w.submit(Submission{Name: "a.service", Text: text("a")})
+	w.submit(unitapi.Submission{Name: "a.service", Text: text("a")})
 	proxy.Cut()
 	var got [2]reply
 	together(2, func(i int) {

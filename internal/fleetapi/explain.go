@@ -12,6 +12,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 // cluster reads all that the engine plans from, at one revision, and the units
@@ -38,16 +39,16 @@ func (h *Handler) explain(r *http.Request) (any, error) {
 		return nil, noUnit(name)
 	}
 	u := v.unit(name, v.units[0])
-	out := Explanation{Unit: u, Placed: u.Placed, Summary: cmp.Or(c.Summary(name), u.Unplaced), Machines: []Verdict{}}
+	out := unitapi.Explanation{Unit: u, Placed: u.Placed, Summary: cmp.Or(c.Summary(name), u.Unplaced), Machines: []unitapi.Verdict{}}
 	for _, one := range c.Explain(name) {
-		out.Machines = append(out.Machines, Verdict{ID: one.Machine, Node: one.Node, Verdict: one.Verdict, Reason: one.Reason, Score: one.Score})
+		out.Machines = append(out.Machines, unitapi.Verdict{ID: one.Machine, Node: one.Node, Verdict: one.Verdict, Reason: one.Reason, Score: one.Score})
 	}
 	return out, nil
 }
 
 // postMove asks the engine to move a unit, if the machine would take it.
 func (h *Handler) postMove(r *http.Request) (any, error) {
-	var in MoveRequest
+	var in unitapi.MoveRequest
 	if err := readBody(r, &in); err != nil {
 		return nil, err
 	}
@@ -65,7 +66,7 @@ func (h *Handler) postMove(r *http.Request) (any, error) {
 		return nil, err
 	}
 	u := v.unit(name, v.units[0])
-	out := Moved{Machine: v.ref(id), Revision: v.revision}
+	out := unitapi.Moved{Machine: v.ref(id), Revision: v.revision}
 	switch {
 	case u.Global:
 		return nil, fail(http.StatusConflict, "", "unit %s is global: it runs on every machine that is fit for it", name)
@@ -78,12 +79,12 @@ func (h *Handler) postMove(r *http.Request) (any, error) {
 		return nil, fail(http.StatusConflict, "see: flotilla explain "+name, "machine %s cannot take unit %s: %s", cmp.Or(out.Machine.Node, id), name, why)
 	}
 	out.Changed = true
-	out.Revision, err = h.move(ctx, []ProposedMove{{Unit: name, To: id, Reason: cmp.Or(in.Reason, "somebody asked for it")}})
+	out.Revision, err = h.move(ctx, []unitapi.ProposedMove{{Unit: name, To: id, Reason: cmp.Or(in.Reason, "somebody asked for it")}})
 	return out, err
 }
 
 // move writes what the engine is to move, if the units are there.
-func (h *Handler) move(ctx context.Context, moves []ProposedMove) (int64, error) {
+func (h *Handler) move(ctx context.Context, moves []unitapi.ProposedMove) (int64, error) {
 	var revision int64
 	for some := range slices.Chunk(moves, batchUnits) {
 		var ops []store.Op
@@ -109,14 +110,14 @@ func (h *Handler) move(ctx context.Context, moves []ProposedMove) (int64, error)
 	return revision, nil
 }
 
-func (h *Handler) rebalance(ctx context.Context) (Rebalance, error) {
+func (h *Handler) rebalance(ctx context.Context) (unitapi.Rebalance, error) {
 	c, v, err := h.cluster(ctx)
 	if err != nil {
-		return Rebalance{}, err
+		return unitapi.Rebalance{}, err
 	}
-	out := Rebalance{Moves: []ProposedMove{}, Revision: v.revision}
+	out := unitapi.Rebalance{Moves: []unitapi.ProposedMove{}, Revision: v.revision}
 	for _, m := range c.Rebalance() {
-		out.Moves = append(out.Moves, ProposedMove{Unit: m.Unit, From: m.From, To: m.To, Reason: m.Reason})
+		out.Moves = append(out.Moves, unitapi.ProposedMove{Unit: m.Unit, From: m.From, To: m.To, Reason: m.Reason})
 	}
 	return out, nil
 }
@@ -134,7 +135,7 @@ func (h *Handler) postRebalance(r *http.Request) (any, error) {
 		out.Revision, err = h.move(r.Context(), out.Moves)
 		return out, err
 	}
-	var in Rebalance
+	var in unitapi.Rebalance
 	if err := readBody(r, &in); err != nil {
 		return nil, err
 	}

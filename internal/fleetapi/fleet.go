@@ -11,6 +11,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 // maxBody is the length of the longest body that fleet's API takes.
@@ -347,7 +348,7 @@ func (h *Handler) setFleetUnit(r *http.Request, name string) (answer, error) {
 		return answer{}, err
 	case steps[0].refusal != nil:
 		return answer{}, steps[0].refusal
-	case steps[0].result.Outcome == Created, steps[0].result.Outcome == Replaced:
+	case steps[0].result.Outcome == unitapi.Created, steps[0].result.Outcome == unitapi.Replaced:
 		return answer{status: http.StatusCreated}, nil
 	}
 	return answer{status: http.StatusNoContent}, nil
@@ -390,14 +391,14 @@ func setFleet(in fleetUnit, file *unit.File, have record[registry.Unit]) step {
 	if have.found && have.err != nil {
 		return no(http.StatusConflict, "what is stored under this name cannot be read: %v", have.err)
 	}
-	outcome := Updated
+	outcome := unitapi.Updated
 	switch {
 	case !have.found && file == nil:
 		return no(http.StatusConflict, "unit does not exist and options field empty")
 	case !have.found:
-		outcome = Created
+		outcome = unitapi.Created
 	case file != nil && fileOf(in.Name, have.registry.Text).hash != file.Hash().String():
-		outcome = Replaced
+		outcome = unitapi.Replaced
 	case in.DesiredState == "":
 		return no(http.StatusConflict, "must provide DesiredState to update existing unit")
 	}
@@ -405,7 +406,7 @@ func setFleet(in fleetUnit, file *unit.File, have record[registry.Unit]) step {
 		return no(http.StatusBadRequest, "%s", reason)
 	}
 	u := have.registry
-	if outcome != Updated {
+	if outcome != unitapi.Updated {
 		if message := refusalOf(in.Name, file); message != "" {
 			return no(http.StatusBadRequest, "%s", message)
 		}
@@ -414,7 +415,7 @@ func setFleet(in fleetUnit, file *unit.File, have record[registry.Unit]) step {
 	if in.DesiredState != "" {
 		u.Desired = in.DesiredState
 	}
-	return put(have, u, Result{Name: in.Name, Outcome: outcome})
+	return put(have, u, unitapi.Result{Name: in.Name, Outcome: outcome})
 }
 
 // refusalOf returns why a unit file is refused, "" if it is not: fleet's refused
@@ -436,12 +437,12 @@ func refusalOf(name string, f *unit.File) string {
 
 func (h *Handler) deleteFleetUnit(r *http.Request, name string) (answer, error) {
 	steps, _, err := h.change(r.Context(), []string{name}, func(_ int, have record[registry.Unit]) step {
-		return alter(name, Changes{Destroy: true})(have)
+		return alter(name, unitapi.Changes{Destroy: true})(have)
 	})
 	switch {
 	case err != nil:
 		return answer{}, err
-	case steps[0].result.Outcome == Missing:
+	case steps[0].result.Outcome == unitapi.Missing:
 		return answer{}, refuse(http.StatusNotFound, "unit does not exist")
 	}
 	return answer{status: http.StatusNoContent}, nil

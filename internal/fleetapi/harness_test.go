@@ -16,6 +16,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/unitapi"
 )
 
 // world is a handler with a real store, reached over a real socket.
@@ -129,15 +130,15 @@ func (w *world) native(method, path string, in any, status int, out any) {
 	}
 }
 
-func (w *world) submit(units ...Submission) Results {
+func (w *world) submit(units ...unitapi.Submission) unitapi.Results {
 	w.t.Helper()
-	var out Results
-	w.native("POST", "/v1/units", Submissions{units}, 200, &out)
+	var out unitapi.Results
+	w.native("POST", "/v1/units", unitapi.Submissions{Units: units}, 200, &out)
 	return out
 }
 
 // outcomes joins the outcomes of a request.
-func (r Results) outcomes() string {
+func outcomes(r unitapi.Results) string {
 	var all []string
 	for _, one := range r.Results {
 		all = append(all, string(one.Outcome))

@@ -8,6 +8,7 @@ import (
 
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
+	"flotilla/internal/unitapi"
 )
 
 func (h *Handler) getMachines(r *http.Request) (any, error) {
@@ -30,7 +31,7 @@ func (h *Handler) getMachines(r *http.Request) (any, error) {
 			}
 		}
 	}
-	out := Machines{Revision: revision, Machines: []Machine{}}
+	out := unitapi.Machines{Revision: revision, Machines: []unitapi.Machine{}}
 	for _, kv := range lists[4] {
 		if failover := recordOf[registry.Failover](kv, true); kv.Key == k.Failover() && failover.err == nil {
 			out.Failover = &failover.registry
@@ -38,7 +39,7 @@ func (h *Handler) getMachines(r *http.Request) (any, error) {
 	}
 	for _, id := range f.ids() {
 		m, s := f.machines[id], f.settings[id].registry
-		out.Machines = append(out.Machines, Machine{
+		out.Machines = append(out.Machines, unitapi.Machine{
 			ID: id, Node: m.registry.Node, Address: m.registry.Address, API: m.registry.API, Version: m.registry.Version,
 			Metadata: f.metadata(id), Cordon: s.Cordon, Drain: s.Drain, Reason: s.Reason,
 			Units: placed[id], Globals: globals[id], Runs: m.registry.Units,
@@ -50,7 +51,7 @@ func (h *Handler) getMachines(r *http.Request) (any, error) {
 }
 
 func (h *Handler) postSettings(r *http.Request) (any, error) {
-	var in SettingsChange
+	var in unitapi.SettingsChange
 	if err := readBody(r, &in); err != nil {
 		return nil, err
 	}
@@ -70,14 +71,15 @@ func (h *Handler) postSettings(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	settings, changed, revision, err := h.set(r.Context(), id, in.edit)
+	settings, changed, revision, err := h.set(r.Context(), id, func(s *registry.Settings) { edit(s, in) })
 	if err != nil {
 		return nil, err
 	}
-	return SettingsChanged{Machine: id, Settings: settings, Changed: changed, Revision: revision}, nil
+	return unitapi.SettingsChanged{Machine: id, Settings: settings, Changed: changed, Revision: revision}, nil
 }
 
-func (c SettingsChange) edit(s *registry.Settings) {
+// edit makes settings what c asks for.
+func edit(s *registry.Settings, c unitapi.SettingsChange) {
 	if c.Cordon != nil {
 		s.Cordon = *c.Cordon
 	}
@@ -105,7 +107,7 @@ func (c SettingsChange) edit(s *registry.Settings) {
 // postFailover lets the engine move the units of machines that are gone although
 // they are many.
 func (h *Handler) postFailover(r *http.Request) (any, error) {
-	var in FailoverChange
+	var in unitapi.FailoverChange
 	if err := readBody(r, &in); err != nil {
 		return nil, err
 	}
@@ -126,7 +128,7 @@ func (h *Handler) postFailover(r *http.Request) (any, error) {
 		case !found || len(f.Held) == 0:
 			return nil, fail(http.StatusConflict, "", "nothing is held back")
 		case f.Allowed:
-			return FailoverChanged{f, kv.ModRevision}, nil
+			return unitapi.FailoverChanged{Failover: f, Revision: kv.ModRevision}, nil
 		}
 		f := have.registry
 		f.V, f.Allowed = registry.Version, true
@@ -134,7 +136,7 @@ func (h *Handler) postFailover(r *http.Request) (any, error) {
 		revision, err = h.Store.Apply(ctx, []store.Op{store.Put(key, registry.Encode(f))}, store.Unchanged(key, kv.ModRevision))
 		if err == nil {
 			h.Log.Info("failover of many machines was allowed by hand", "machine", f.Held, "revision", revision)
-			return FailoverChanged{f, revision}, nil
+			return unitapi.FailoverChanged{Failover: f, Revision: revision}, nil
 		}
 		if !errors.Is(err, store.ErrConflict) && !errors.Is(err, store.ErrUnknown) {
 			break

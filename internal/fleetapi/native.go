@@ -11,6 +11,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 const (
@@ -100,18 +101,18 @@ func readBody(r *http.Request, v any) error {
 }
 
 func (h *Handler) postUnits(r *http.Request) (any, error) {
-	var in Submissions
+	var in unitapi.Submissions
 	if err := readBody(r, &in); err != nil {
 		return nil, err
 	}
-	out := Results{Results: make([]Result, len(in.Units))}
+	out := unitapi.Results{Results: make([]unitapi.Result, len(in.Units))}
 	var names []string
 	var decisions []func(record[registry.Unit]) step
 	var place []int // in the request
 	known := map[string]bool{}
 	for i, s := range in.Units {
 		if known[s.Name] {
-			out.Results[i] = Result{Name: s.Name, Outcome: Refused, Reason: "the request has another unit of this name before it"}
+			out.Results[i] = unitapi.Result{Name: s.Name, Outcome: unitapi.Refused, Reason: "the request has another unit of this name before it"}
 			continue
 		}
 		known[s.Name] = true
@@ -121,7 +122,7 @@ func (h *Handler) postUnits(r *http.Request) (any, error) {
 }
 
 func (h *Handler) postChanges(r *http.Request) (any, error) {
-	var in Changes
+	var in unitapi.Changes
 	if err := readBody(r, &in); err != nil {
 		return nil, err
 	}
@@ -139,7 +140,7 @@ func (h *Handler) postChanges(r *http.Request) (any, error) {
 			return nil, fail(http.StatusBadRequest, "", "%v", err)
 		}
 	}
-	out := Results{Results: make([]Result, 0, len(in.Names))}
+	out := unitapi.Results{Results: make([]unitapi.Result, 0, len(in.Names))}
 	var names []string
 	var decisions []func(record[registry.Unit]) step
 	var place []int
@@ -149,12 +150,12 @@ func (h *Handler) postChanges(r *http.Request) (any, error) {
 		}
 		names, decisions, place = append(names, name), append(decisions, alter(name, in)), append(place, len(names))
 	}
-	out.Results = make([]Result, len(names))
+	out.Results = make([]unitapi.Result, len(names))
 	return h.carryOut(r.Context(), out, names, decisions, place)
 }
 
 // carryOut makes the decisions and fills in the results at their places.
-func (h *Handler) carryOut(ctx context.Context, out Results, names []string, decisions []func(record[registry.Unit]) step, place []int) (any, error) {
+func (h *Handler) carryOut(ctx context.Context, out unitapi.Results, names []string, decisions []func(record[registry.Unit]) step, place []int) (any, error) {
 	steps, revision, err := h.change(ctx, names, func(i int, have record[registry.Unit]) step { return decisions[i](have) })
 	if err != nil {
 		return nil, err
@@ -171,7 +172,7 @@ func (h *Handler) getUnits(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Units{Revision: v.revision, Units: v.all(h.Keys)}, nil
+	return unitapi.Units{Revision: v.revision, Units: v.all(h.Keys)}, nil
 }
 
 func noUnit(name string) error {
@@ -193,4 +194,12 @@ func (h *Handler) getUnit(r *http.Request) (any, error) {
 		u.Serialized = f.Serialize()
 	}
 	return u, nil
+}
+
+func problemsOf(list []unit.Problem) []unitapi.Problem {
+	var out []unitapi.Problem
+	for _, p := range list {
+		out = append(out, unitapi.Problem(p))
+	}
+	return out
 }

@@ -12,6 +12,7 @@ import (
 
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
+	"flotilla/internal/unitapi"
 )
 
 // Everything that is known of a unit is in its answer.
@@ -19,8 +20,8 @@ func TestNativeUnits(t *testing.T) {
 	w := start(t)
 	w.machine("m1")
 	one, global := "# mine\n"+text("/bin/true"), text("/bin/true")+"[X-Fleet]\nGlobal=yes\n"
-	w.submit(Submission{Name: "a.service", Text: one, Desired: "launched"}, Submission{Name: "g.service", Text: global, Desired: "launched"},
-		Submission{Name: "t@.service", Text: one}, Submission{Name: "n.service", Text: one, Desired: "loaded"})
+	w.submit(unitapi.Submission{Name: "a.service", Text: one, Desired: "launched"}, unitapi.Submission{Name: "g.service", Text: global, Desired: "launched"},
+		unitapi.Submission{Name: "t@.service", Text: one}, unitapi.Submission{Name: "n.service", Text: one, Desired: "loaded"})
 	w.put("placements/a.service", registry.Encode(registry.Placement{V: 1, Machine: "m1", Reason: "the fewest units"}))
 	w.put("schedules/m1/a.service", registry.Encode(registry.Entry{V: 1, Text: one, Release: "m1 is drained"}))
 	w.put("schedules/global/g.service", registry.Encode(registry.Entry{V: 1, Text: global}))
@@ -32,28 +33,28 @@ func TestNativeUnits(t *testing.T) {
 	w.states("m1", map[string]registry.State{"a.service": running, "g.service": {Waiting: "it conflicts with a.service"}})
 	w.states("m9", map[string]registry.State{"a.service": {Hash: "0", Load: "loaded", Active: "failed", Sub: "failed", Trouble: "start limit"}})
 
-	var list Units
+	var list unitapi.Units
 	w.native("GET", "/v1/units", nil, 200, &list)
-	ref := MachineRef{"m1", "node-m1", "10.0.0.1"}
+	ref := unitapi.MachineRef{ID: "m1", Node: "node-m1", Address: "10.0.0.1"}
 	hash := hashOf(t, one)
-	want := []Unit{
+	want := []unitapi.Unit{
 		{Name: "a.service", Hash: hash, Desired: "launched", Current: "launched", Machine: &ref, Releasing: "m1 is drained", Placed: "the fewest units", MovingTo: "m2",
-			States: []State{
+			States: []unitapi.State{
 				{Machine: "m1", Node: "node-m1", Address: "10.0.0.1", Load: "loaded", Active: "active", Sub: "running", Hash: hash, Epoch: 3, Launched: true, Restarts: 2},
 				{Machine: "m9", Load: "loaded", Active: "failed", Sub: "failed", Hash: "0", Trouble: "start limit"},
 			}},
 		{Name: "g.service", Hash: hashOf(t, global), Desired: "launched", Global: true,
-			States: []State{{Machine: "m1", Node: "node-m1", Address: "10.0.0.1", Waiting: "it conflicts with a.service"}}},
-		{Name: "n.service", Hash: hash, Desired: "loaded", Current: "inactive", Unplaced: "1 machine: 1 has no disk=ssd", States: []State{}},
-		{Name: "t@.service", Hash: hash, Desired: "inactive", Current: "inactive", Template: true, States: []State{}},
-		{Name: "x.service", Current: "inactive", States: []State{}, Problem: "record has version 9, this program reads 1: upgrade it"},
-		{Name: "y.service", Desired: "loaded", Current: "inactive", States: []State{}, Problem: "line 1: unable to find end of section [x; close it on the same line, as in [Service]"},
+			States: []unitapi.State{{Machine: "m1", Node: "node-m1", Address: "10.0.0.1", Waiting: "it conflicts with a.service"}}},
+		{Name: "n.service", Hash: hash, Desired: "loaded", Current: "inactive", Unplaced: "1 machine: 1 has no disk=ssd", States: []unitapi.State{}},
+		{Name: "t@.service", Hash: hash, Desired: "inactive", Current: "inactive", Template: true, States: []unitapi.State{}},
+		{Name: "x.service", Current: "inactive", States: []unitapi.State{}, Problem: "record has version 9, this program reads 1: upgrade it"},
+		{Name: "y.service", Desired: "loaded", Current: "inactive", States: []unitapi.State{}, Problem: "line 1: unable to find end of section [x; close it on the same line, as in [Service]"},
 	}
 	if diff := cmp.Diff(want, list.Units); diff != "" {
 		t.Error(diff)
 	}
 	// Named units are read in another way, with the same result.
-	for query, want := range map[string][]Unit{
+	for query, want := range map[string][]unitapi.Unit{
 		"name=a.service":                         want[:1],
 		"name=g.service&name=a.service":          want[:2],
 		"name=?.service":                         {want[0], want[1], want[2], want[4], want[5]},
@@ -62,13 +63,13 @@ func TestNativeUnits(t *testing.T) {
 		"name=[&name=a.service&name=a.service":   want[:1],
 		"name=a.service&name=g.*&name=a.service": want[:2],
 	} {
-		var got Units
+		var got unitapi.Units
 		w.native("GET", "/v1/units?"+query, nil, 200, &got)
 		if diff := cmp.Diff(want, got.Units); diff != "" || got.Revision != list.Revision {
 			t.Errorf("%s: %d, %s", query, got.Revision, diff)
 		}
 	}
-	var single Unit
+	var single unitapi.Unit
 	w.native("GET", "/v1/units/a.service", nil, 200, &single)
 	if single.Text != one || single.Serialized != text("/bin/true") || single.Hash != hash {
 		t.Errorf("%+v", single)
@@ -81,29 +82,29 @@ func TestNativeMachines(t *testing.T) {
 	w.machine("m1")
 	w.machine("m12345678")
 	long := "0123456789abcdef0123456789abcdef"
-	w.submit(Submission{Name: "a.service", Text: text("a"), Desired: "launched"}, Submission{Name: "g.service", Text: text("a") + "[X-Fleet]\nGlobal=yes\n", Desired: "launched"})
+	w.submit(unitapi.Submission{Name: "a.service", Text: text("a"), Desired: "launched"}, unitapi.Submission{Name: "g.service", Text: text("a") + "[X-Fleet]\nGlobal=yes\n", Desired: "launched"})
 	w.run("a.service", "m1", registry.State{Hash: "1"})
 	w.put("schedules/global/g.service", registry.Encode(registry.Entry{V: 1}))
 	w.states("m1", map[string]registry.State{"a.service": {Hash: "1"}, "g.service": {Hash: "2"}})
 	yes, no, why, gone, b := true, false, "new disk", "", "b"
 	for i, tc := range []struct {
 		id     string
-		in     SettingsChange
+		in     unitapi.SettingsChange
 		status int
 		want   registry.Settings
 	}{
-		{"m1", SettingsChange{Cordon: &yes, Reason: &why}, 200, registry.Settings{V: 1, Cordon: true, Reason: why}},
-		{"m1", SettingsChange{Cordon: &yes}, 200, registry.Settings{V: 1, Cordon: true, Reason: why}},
-		{"node-m1", SettingsChange{Drain: &yes, Metadata: map[string]*string{"zone": &gone, "rack": &b}}, 200,
+		{"m1", unitapi.SettingsChange{Cordon: &yes, Reason: &why}, 200, registry.Settings{V: 1, Cordon: true, Reason: why}},
+		{"m1", unitapi.SettingsChange{Cordon: &yes}, 200, registry.Settings{V: 1, Cordon: true, Reason: why}},
+		{"node-m1", unitapi.SettingsChange{Drain: &yes, Metadata: map[string]*string{"zone": &gone, "rack": &b}}, 200,
 			registry.Settings{V: 1, Cordon: true, Drain: true, Reason: why, Metadata: map[string]string{"zone": "", "rack": "b"}}},
-		{"m123", SettingsChange{Cordon: &yes}, 200, registry.Settings{V: 1, Cordon: true}},
-		{"m", SettingsChange{Cordon: &yes}, 409, registry.Settings{}},
-		{"x", SettingsChange{Cordon: &yes}, 404, registry.Settings{}},
-		{long, SettingsChange{Metadata: map[string]*string{"zone": &b}}, 200, registry.Settings{V: 1, Metadata: map[string]string{"zone": "b"}}},
-		{"m1", SettingsChange{Metadata: map[string]*string{"a b": &b}}, 400, registry.Settings{}},
-		{"m1", SettingsChange{Cordon: &no, Drain: &no, Metadata: map[string]*string{"zone": nil}}, 200, registry.Settings{V: 1, Metadata: map[string]string{"rack": "b"}}},
+		{"m123", unitapi.SettingsChange{Cordon: &yes}, 200, registry.Settings{V: 1, Cordon: true}},
+		{"m", unitapi.SettingsChange{Cordon: &yes}, 409, registry.Settings{}},
+		{"x", unitapi.SettingsChange{Cordon: &yes}, 404, registry.Settings{}},
+		{long, unitapi.SettingsChange{Metadata: map[string]*string{"zone": &b}}, 200, registry.Settings{V: 1, Metadata: map[string]string{"zone": "b"}}},
+		{"m1", unitapi.SettingsChange{Metadata: map[string]*string{"a b": &b}}, 400, registry.Settings{}},
+		{"m1", unitapi.SettingsChange{Cordon: &no, Drain: &no, Metadata: map[string]*string{"zone": nil}}, 200, registry.Settings{V: 1, Metadata: map[string]string{"rack": "b"}}},
 	} {
-		var out SettingsChanged
+		var out unitapi.SettingsChanged
 		if tc.status != 200 {
 			w.native("POST", "/v1/machines/"+tc.id+"/settings", tc.in, tc.status, nil)
 			continue
@@ -113,7 +114,7 @@ func TestNativeMachines(t *testing.T) {
 			t.Errorf("%d: changed %t, %s", i, out.Changed, diff)
 		}
 	}
-	var out Machines
+	var out unitapi.Machines
 	w.native("GET", "/v1/machines", nil, 200, &out)
 	for i := range out.Machines {
 		if out.Machines[i].Generation == 0 {
@@ -121,30 +122,30 @@ func TestNativeMachines(t *testing.T) {
 		}
 		out.Machines[i].Generation = 0
 	}
-	base := Machine{Address: "10.0.0.1", Version: "1.2.3", Runs: true, Memory: 1 << 30, CPU: 4000}
+	base := unitapi.Machine{Address: "10.0.0.1", Version: "1.2.3", Runs: true, Memory: 1 << 30, CPU: 4000}
 	m1, m2 := base, base
 	m1.ID, m1.Node, m1.BootID, m1.Metadata, m1.Units, m1.Globals, m1.Here = "m1", "node-m1", "bm1", map[string]string{"zone": "a", "rack": "b"}, 1, 1, true
 	m2.ID, m2.Node, m2.BootID, m2.Metadata, m2.Cordon = "m12345678", "node-m12345678", "bm12345678", map[string]string{"zone": "a"}, true
-	if diff := cmp.Diff([]Machine{m1, m2}, out.Machines); diff != "" || out.Failover != nil {
+	if diff := cmp.Diff([]unitapi.Machine{m1, m2}, out.Machines); diff != "" || out.Failover != nil {
 		t.Error(diff, out.Failover)
 	}
 }
 
 func TestFailover(t *testing.T) {
 	w := start(t)
-	w.native("POST", "/v1/failover", FailoverChange{Allow: true}, 409, nil)
-	w.native("POST", "/v1/failover", FailoverChange{}, 400, nil)
+	w.native("POST", "/v1/failover", unitapi.FailoverChange{Allow: true}, 409, nil)
+	w.native("POST", "/v1/failover", unitapi.FailoverChange{}, 400, nil)
 	held := registry.Failover{V: 1, Held: []string{"m1", "m2"}, Until: 1 << 33}
 	w.put("failover", registry.Encode(held))
-	var machines Machines
+	var machines unitapi.Machines
 	w.native("GET", "/v1/machines", nil, 200, &machines)
 	if diff := cmp.Diff(&held, machines.Failover); diff != "" {
 		t.Error(diff)
 	}
 	held.Allowed = true
 	for range 2 {
-		var out FailoverChanged
-		w.native("POST", "/v1/failover", FailoverChange{Allow: true}, 200, &out)
+		var out unitapi.FailoverChanged
+		w.native("POST", "/v1/failover", unitapi.FailoverChange{Allow: true}, 200, &out)
 		if diff := cmp.Diff(held, out.Failover); diff != "" {
 			t.Error(diff)
 		}
@@ -156,12 +157,12 @@ func TestExplainMoveRebalance(t *testing.T) {
 	w.machine("m1")
 	w.machine("m2")
 	picky := text("a") + "[X-Fleet]\nMachineMetadata=disk=ssd\n"
-	var units []Submission
+	var units []unitapi.Submission
 	for i := range 4 {
-		units = append(units, Submission{Name: fmt.Sprintf("u%d.service", i), Text: text("a"), Desired: "launched"})
+		units = append(units, unitapi.Submission{Name: fmt.Sprintf("u%d.service", i), Text: text("a"), Desired: "launched"})
 	}
-	w.submit(append(units, Submission{Name: "picky.service", Text: picky, Desired: "launched"}, Submission{Name: "off.service", Text: text("a")},
-		Submission{Name: "g.service", Text: text("a") + "[X-Fleet]\nGlobal=yes\n", Desired: "loaded"})...)
+	w.submit(append(units, unitapi.Submission{Name: "picky.service", Text: picky, Desired: "launched"}, unitapi.Submission{Name: "off.service", Text: text("a")},
+		unitapi.Submission{Name: "g.service", Text: text("a") + "[X-Fleet]\nGlobal=yes\n", Desired: "loaded"})...)
 	m1, _, err := w.Store.Get(t.Context(), w.Keys.Machine("m1"))
 	if err != nil {
 		t.Fatal(err)
@@ -170,12 +171,12 @@ func TestExplainMoveRebalance(t *testing.T) {
 		w.apply(store.Put(w.Keys.Placement(u.Name), registry.Encode(registry.Placement{V: 1, Machine: "m1", Generation: m1.CreateRevision, Epoch: 1, Reason: "it was free"})),
 			store.Put(w.Keys.Entry("m1", u.Name), registry.Encode(registry.Entry{V: 1, Text: u.Text, Desired: u.Desired, Generation: m1.CreateRevision, Epoch: 1})))
 	}
-	var e Explanation
+	var e unitapi.Explanation
 	w.native("GET", "/v1/units/u0.service/explain", nil, 200, &e)
 	if len(e.Machines) != 2 || e.Machines[0].Verdict != "here" || e.Machines[0].ID != "m1" || e.Machines[1].Verdict != "eligible" || e.Machines[1].Score == "" || e.Placed != "it was free" {
 		t.Errorf("%+v", e)
 	}
-	e = Explanation{}
+	e = unitapi.Explanation{}
 	w.native("GET", "/v1/units/picky.service/explain", nil, 200, &e)
 	if len(e.Machines) != 2 || e.Machines[0].Verdict != "refused" || !strings.Contains(e.Machines[0].Reason, "disk") || !strings.Contains(e.Summary, "2 machines") || e.Unit.Name != "picky.service" {
 		t.Errorf("%+v", e)
@@ -183,25 +184,25 @@ func TestExplainMoveRebalance(t *testing.T) {
 	w.native("GET", "/v1/units/none.service/explain", nil, 404, nil)
 
 	for path, status := range map[string]int{"none": 404, "off": 409, "g": 409, "picky": 409} {
-		w.native("POST", "/v1/units/"+path+".service/move", MoveRequest{To: "m2"}, status, nil)
+		w.native("POST", "/v1/units/"+path+".service/move", unitapi.MoveRequest{To: "m2"}, status, nil)
 	}
-	w.native("POST", "/v1/units/u0.service/move", MoveRequest{To: "m3"}, 404, nil)
-	w.native("POST", "/v1/units/u0.service/move", MoveRequest{To: "m"}, 409, nil)
-	w.native("POST", "/v1/units/u0.service/move", MoveRequest{}, 400, nil)
-	var moved Moved
-	w.native("POST", "/v1/units/u0.service/move", MoveRequest{To: "m1"}, 200, &moved)
+	w.native("POST", "/v1/units/u0.service/move", unitapi.MoveRequest{To: "m3"}, 404, nil)
+	w.native("POST", "/v1/units/u0.service/move", unitapi.MoveRequest{To: "m"}, 409, nil)
+	w.native("POST", "/v1/units/u0.service/move", unitapi.MoveRequest{}, 400, nil)
+	var moved unitapi.Moved
+	w.native("POST", "/v1/units/u0.service/move", unitapi.MoveRequest{To: "m1"}, 200, &moved)
 	if moved.Changed {
 		t.Error("a unit is moved to where it is")
 	}
 	for i := range 2 {
-		w.native("POST", "/v1/units/u0.service/move", MoveRequest{To: "node-m2"}, 200, &moved)
-		if moved.Changed != (i == 0) || moved.Machine != (MachineRef{"m2", "node-m2", "10.0.0.1"}) {
+		w.native("POST", "/v1/units/u0.service/move", unitapi.MoveRequest{To: "node-m2"}, 200, &moved)
+		if moved.Changed != (i == 0) || moved.Machine != (unitapi.MachineRef{ID: "m2", Node: "node-m2", Address: "10.0.0.1"}) {
 			t.Errorf("%+v", moved)
 		}
 	}
 	w.apply(store.Delete(w.Keys.Move("u0.service")))
 
-	var shown, asked Rebalance
+	var shown, asked unitapi.Rebalance
 	w.native("GET", "/v1/rebalance", nil, 200, &shown)
 	if len(shown.Moves) != 2 || shown.Moves[0].From != "m1" || shown.Moves[0].To != "m2" || shown.Moves[0].Reason == "" {
 		t.Fatalf("%+v", shown)
@@ -221,8 +222,8 @@ func TestExplainMoveRebalance(t *testing.T) {
 	if len(asked.Moves) != 2 {
 		t.Errorf("%+v", asked)
 	}
-	w.native("POST", "/v1/rebalance", Rebalance{Moves: []ProposedMove{{Unit: "none.service", To: "m1"}}}, 409, nil)
-	w.native("POST", "/v1/rebalance", Rebalance{Moves: []ProposedMove{{Unit: "../x", To: "m1"}}}, 400, nil)
+	w.native("POST", "/v1/rebalance", unitapi.Rebalance{Moves: []unitapi.ProposedMove{{Unit: "none.service", To: "m1"}}}, 409, nil)
+	w.native("POST", "/v1/rebalance", unitapi.Rebalance{Moves: []unitapi.ProposedMove{{Unit: "../x", To: "m1"}}}, 400, nil)
 }
 
 // populate fills the store with running units, as after 500 starts.
@@ -273,7 +274,7 @@ func BenchmarkList500(b *testing.B) {
 	w := start(b)
 	populate(w, 500, 3)
 	cpu(b, "native", func(b *testing.B) {
-		var list Units
+		var list unitapi.Units
 		if w.native("GET", "/v1/units", nil, 200, &list); len(list.Units) != 500 || list.Units[0].Current != registry.Launched {
 			b.Fatal("not all of them")
 		}

@@ -12,6 +12,7 @@ import (
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
+	"flotilla/internal/unitapi"
 )
 
 // record is one record of the store; err says why it cannot be used.
@@ -262,8 +263,8 @@ func currentOf(p record[registry.Placement], state registry.State, known bool, h
 }
 
 // unit puts together all that the view has of one of its units.
-func (v *view) unit(name string, r record[registry.Unit]) Unit {
-	u := Unit{Name: name, States: []State{}}
+func (v *view) unit(name string, r record[registry.Unit]) unitapi.Unit {
+	u := unitapi.Unit{Name: name, States: []unitapi.State{}}
 	if r.err != nil {
 		u.Problem = r.err.Error()
 	} else {
@@ -284,7 +285,7 @@ func (v *view) unit(name string, r record[registry.Unit]) Unit {
 			there, known = s, true
 		}
 		ref := v.ref(m.machine)
-		u.States = append(u.States, State{Machine: ref.ID, Node: ref.Node, Address: ref.Address, Load: s.Load, Active: s.Active, Sub: s.Sub,
+		u.States = append(u.States, unitapi.State{Machine: ref.ID, Node: ref.Node, Address: ref.Address, Load: s.Load, Active: s.Active, Sub: s.Sub,
 			Hash: s.Hash, Epoch: s.Epoch, Launched: s.Launched, Restarts: s.Restarts, Trouble: s.Trouble, Waiting: s.Waiting})
 	}
 	if !u.Global {
@@ -300,14 +301,14 @@ func (v *view) unit(name string, r record[registry.Unit]) Unit {
 	return u
 }
 
-func (v *view) ref(id string) MachineRef {
+func (v *view) ref(id string) unitapi.MachineRef {
 	m := v.machines[id].registry
-	return MachineRef{ID: id, Node: m.Node, Address: m.Address}
+	return unitapi.MachineRef{ID: id, Node: m.Node, Address: m.Address}
 }
 
 // all puts together the units of the view.
-func (v *view) all(keys registry.Keys) []Unit {
-	units := make([]Unit, 0, len(v.units))
+func (v *view) all(keys registry.Keys) []unitapi.Unit {
+	units := make([]unitapi.Unit, 0, len(v.units))
 	for _, r := range v.units {
 		units = append(units, v.unit(v.name(keys, r), r))
 	}

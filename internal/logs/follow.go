@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"flotilla/internal/unitapi"
 )
 
 // stream is what is read from one machine about some of its units.
@@ -22,7 +24,7 @@ type stream struct {
 // event is a line of a stream, or its end.
 type event struct {
 	from  *stream
-	line  Line
+	line  unitapi.JournalLine
 	ended bool
 }
 
@@ -40,7 +42,7 @@ type follower struct {
 }
 
 type arrival struct {
-	Line
+	unitapi.JournalLine
 	at time.Time
 }
 
@@ -66,8 +68,8 @@ func (s *Server) follow(ctx context.Context, q question, v view, out *writer) er
 					return errEnough
 				}
 			}
-			_ = s.from(ctx, v, st.machine, mine, func(l Line) error { return tell(event{from: st, line: l}) }) // what failed is a line
-			_ = tell(event{from: st, ended: true})                                                             // or nobody listens
+			_ = s.from(ctx, v, st.machine, mine, func(l unitapi.JournalLine) error { return tell(event{from: st, line: l}) }) // what failed is a line
+			_ = tell(event{from: st, ended: true})                                                                            // or nobody listens
 		})
 	}
 	f.start(read)
@@ -198,7 +200,7 @@ func (f *follower) showOld() error {
 				continue
 			}
 		}
-		if err := f.out.show(a.Line); err != nil {
+		if err := f.out.show(a.JournalLine); err != nil {
 			return fmt.Errorf("show a line: %w", err)
 		}
 	}
@@ -227,7 +229,7 @@ func (f *follower) showUntil(limit time.Time) error {
 		return nil
 	}
 	for _, a := range f.waiting[:n] {
-		if err := f.out.show(a.Line); err != nil {
+		if err := f.out.show(a.JournalLine); err != nil {
 			return fmt.Errorf("show a line: %w", err)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 
 	"flotilla/internal/registry"
 	"flotilla/internal/systemd"
+	"flotilla/internal/unitapi"
 )
 
 // errEnough: the reader wants no more.
@@ -40,10 +41,10 @@ func (s *Server) own(names []string) []string {
 
 // local hands over the lines of this machine's own units: what is there, one line
 // with Live set, and then, following, what is new, until ctx ends.
-func (s *Server) local(ctx context.Context, q question, each func(Line) error) error {
+func (s *Server) local(ctx context.Context, q question, each func(unitapi.JournalLine) error) error {
 	units := s.own(q.units)
 	if len(units) == 0 {
-		return each(Line{Live: true})
+		return each(unitapi.JournalLine{Live: true})
 	}
 	query := systemd.JournalQuery{Units: units, Lines: q.lines, Since: q.since, After: q.after}
 	began := time.Now()
@@ -57,7 +58,7 @@ func (s *Server) local(ctx context.Context, q question, each func(Line) error) e
 		}
 		query.After = cmp.Or(last, query.After)
 	}
-	if err := each(Line{Live: true, Units: units}); err != nil || !q.follow {
+	if err := each(unitapi.JournalLine{Live: true, Units: units}); err != nil || !q.follow {
 		return err
 	}
 	query.Lines, query.Follow = 0, true
@@ -71,13 +72,13 @@ func (s *Server) local(ctx context.Context, q question, each func(Line) error) e
 }
 
 // pass hands over entries and returns the cursor of the last.
-func (s *Server) pass(ctx context.Context, q systemd.JournalQuery, each func(Line) error) (cursor string, err error) {
+func (s *Server) pass(ctx context.Context, q systemd.JournalQuery, each func(unitapi.JournalLine) error) (cursor string, err error) {
 	for e, err := range s.Journal(ctx, q) {
 		if err != nil {
 			return cursor, err
 		}
 		cursor = e.Cursor
-		err := each(Line{
+		err := each(unitapi.JournalLine{
 			Time: e.Time, Unit: e.Unit, Message: e.Message, Priority: e.Priority, PID: e.PID, Identifier: e.Identifier, Cursor: e.Cursor,
 		})
 		if err != nil {
@@ -106,7 +107,7 @@ func newWriter(w http.ResponseWriter) *writer {
 	return l
 }
 
-func (l *writer) line(line Line) error {
+func (l *writer) line(line unitapi.JournalLine) error {
 	<-l.turn
 	defer func() { l.turn <- struct{}{} }()
 	return l.out.Encode(line)
@@ -140,7 +141,7 @@ func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 	g.Go(func() error {
 		defer cancel()
 		live := false
-		err := s.local(ctx, q, func(line Line) error {
+		err := s.local(ctx, q, func(line unitapi.JournalLine) error {
 			live = live || line.Live
 			if err := out.line(line); err != nil || !live {
 				return err
@@ -148,7 +149,7 @@ func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 			return out.flush()
 		})
 		if err != nil && ctx.Err() == nil {
-			return out.line(Line{Time: time.Now(), Problem: err.Error()})
+			return out.line(unitapi.JournalLine{Time: time.Now(), Problem: err.Error()})
 		}
 		return nil
 	})
@@ -173,7 +174,7 @@ func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 var errSilent = errors.New("it says nothing any more")
 
 // remote hands over the lines of another machine, as local does.
-func (s *Server) remote(ctx context.Context, m registry.Machine, q question, each func(Line) error) error {
+func (s *Server) remote(ctx context.Context, m registry.Machine, q question, each func(unitapi.JournalLine) error) error {
 	if m.API == "" {
 		return errors.New("it does not serve its logs to other nodes")
 	}
@@ -215,7 +216,7 @@ func (s *Server) remote(ctx context.Context, m registry.Machine, q question, eac
 		case len(raw) == 1:
 			continue // a sign of life
 		}
-		var line Line
+		var line unitapi.JournalLine
 		if err := json.Unmarshal(raw, &line); err != nil {
 			return fmt.Errorf("its answer is not understood: %w", err)
 		}
@@ -258,9 +259,9 @@ func (s *Server) ask(ctx context.Context, m registry.Machine, path string, query
 // statusesAtOnce limits the processes that one question starts.
 const statusesAtOnce = 4
 
-func (s *Server) localStatuses(ctx context.Context, names []string) []Status {
+func (s *Server) localStatuses(ctx context.Context, names []string) []unitapi.Status {
 	units := s.own(names)
-	found := make([]Status, len(units))
+	found := make([]unitapi.Status, len(units))
 	var g errgroup.Group
 	g.SetLimit(statusesAtOnce)
 	for i, name := range units {
@@ -283,10 +284,10 @@ func (s *Server) localStatus(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusBadRequest, "bad_request", err.Error(), "")
 		return
 	}
-	answer(w, http.StatusOK, Statuses{Statuses: s.localStatuses(r.Context(), q.units)})
+	answer(w, http.StatusOK, unitapi.Statuses{Statuses: s.localStatuses(r.Context(), q.units)})
 }
 
-func (s *Server) remoteStatuses(ctx context.Context, m registry.Machine, names []string) ([]Status, error) {
+func (s *Server) remoteStatuses(ctx context.Context, m registry.Machine, names []string) ([]unitapi.Status, error) {
 	if m.API == "" {
 		return nil, errors.New("it does not serve its logs to other nodes")
 	}
@@ -295,7 +296,7 @@ func (s *Server) remoteStatuses(ctx context.Context, m registry.Machine, names [
 		return nil, err
 	}
 	defer func() { _ = body.Close() }() // it was read to its end
-	var found Statuses
+	var found unitapi.Statuses
 	if err := json.NewDecoder(body).Decode(&found); err != nil {
 		return nil, fmt.Errorf("its answer is not understood: %w", err)
 	}
@@ -307,30 +308,30 @@ func (s *Server) unitStatus(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	parts := make(chan []Status)
+	parts := make(chan []unitapi.Status)
 	for id, names := range v.units {
 		go func() { parts <- s.statusesOf(r.Context(), v.machines, id, names) }()
 	}
-	all := Statuses{Statuses: []Status{}}
+	all := unitapi.Statuses{Statuses: []unitapi.Status{}}
 	for range v.units {
 		all.Statuses = append(all.Statuses, <-parts...)
 	}
 	for name, why := range v.nowhere {
-		all.Statuses = append(all.Statuses, Status{Unit: name, Problem: why})
+		all.Statuses = append(all.Statuses, unitapi.Status{Unit: name, Problem: why})
 	}
 	if v.partial != "" {
-		all.Statuses = append(all.Statuses, Status{Problem: v.partial})
+		all.Statuses = append(all.Statuses, unitapi.Status{Problem: v.partial})
 	}
-	slices.SortFunc(all.Statuses, func(a, b Status) int {
+	slices.SortFunc(all.Statuses, func(a, b unitapi.Status) int {
 		return cmp.Or(cmp.Compare(a.Unit, b.Unit), cmp.Compare(a.Node, b.Node), cmp.Compare(a.Machine, b.Machine))
 	})
 	answer(w, http.StatusOK, all)
 }
 
 // statusesOf asks one machine. If it is away each unit says so.
-func (s *Server) statusesOf(ctx context.Context, machines map[string]registry.Machine, id string, names []string) []Status {
+func (s *Server) statusesOf(ctx context.Context, machines map[string]registry.Machine, id string, names []string) []unitapi.Status {
 	m, there := machines[id]
-	var found []Status
+	var found []unitapi.Status
 	var err error
 	switch {
 	case id == s.Self():
@@ -342,7 +343,7 @@ func (s *Server) statusesOf(ctx context.Context, machines map[string]registry.Ma
 	}
 	if err != nil {
 		for _, name := range names {
-			found = append(found, Status{Unit: name, Problem: fmt.Sprintf("machine %s: %v", called(m, id), err)})
+			found = append(found, unitapi.Status{Unit: name, Problem: fmt.Sprintf("machine %s: %v", called(m, id), err)})
 		}
 	}
 	for i := range found {

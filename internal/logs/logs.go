@@ -32,40 +32,6 @@ import (
 	"flotilla/internal/unit"
 )
 
-// Line is one line of the answer to GET /v1/journal. One with a Problem has no
-// message: it says why lines are missing.
-type Line struct {
-	Time       time.Time `json:"time"`
-	Machine    string    `json:"machine,omitempty"`
-	Node       string    `json:"node,omitempty"`
-	Unit       string    `json:"unit,omitempty"`
-	Message    string    `json:"message"`
-	Priority   int       `json:"priority"`
-	PID        int       `json:"pid,omitempty"`
-	Identifier string    `json:"identifier,omitempty"`
-	Problem    string    `json:"problem,omitempty"`
-
-	// Between nodes only.
-	Cursor string   `json:"cursor,omitempty"`
-	Live   bool     `json:"live,omitempty"`  // not a line: what was there is over, what is new follows
-	Units  []string `json:"units,omitempty"` // of Live: those that the machine has of the ones asked for
-}
-
-// Status is what systemd says of one unit on one machine.
-type Status struct {
-	Unit    string `json:"unit"`
-	Machine string `json:"machine,omitempty"`
-	Node    string `json:"node,omitempty"`
-	Text    string `json:"text,omitempty"`    // of systemctl status
-	Exit    int    `json:"exit"`              // of systemctl status
-	Problem string `json:"problem,omitempty"` // why there is no text
-}
-
-// Statuses is the answer to GET /v1/unit-status, by unit and then by node.
-type Statuses struct {
-	Statuses []Status `json:"statuses"`
-}
-
 // Config is what a Server works with. All fields are required.
 type Config struct {
 	Store *store.Client

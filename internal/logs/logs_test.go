@@ -25,6 +25,7 @@ import (
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/systemd"
+	"flotilla/internal/unitapi"
 )
 
 // journal stands for systemd's, of which go test has none. It answers the
@@ -220,9 +221,9 @@ func (c *cluster) get(path string) (status int, body string) {
 	return resp.StatusCode, string(raw)
 }
 
-func decode(t *testing.T, raw string) Line {
+func decode(t *testing.T, raw string) unitapi.JournalLine {
 	t.Helper()
-	var l Line
+	var l unitapi.JournalLine
 	if err := json.Unmarshal([]byte(raw), &l); err != nil {
 		t.Fatalf("%v: %q", err, raw)
 	}
@@ -233,7 +234,7 @@ func decode(t *testing.T, raw string) Line {
 }
 
 // text returns "node unit message" or the problem.
-func text(l Line) string {
+func text(l unitapi.JournalLine) string {
 	if l.Problem != "" {
 		return "! " + l.Problem
 	}
@@ -286,7 +287,7 @@ func TestMerge(t *testing.T) {
 		t.Errorf("all units have %d lines, want 10 without that of sshd: %q", len(got), got)
 	}
 	_, body := c.get("/v1/journal?unit=db.service")
-	want := Line{Time: second(4), Machine: "m2", Node: "node2", Unit: "db.service", Message: "query", Priority: 6, PID: 7, Identifier: "id"}
+	want := unitapi.JournalLine{Time: second(4), Machine: "m2", Node: "node2", Unit: "db.service", Message: "query", Priority: 6, PID: 7, Identifier: "id"}
 	if got := decode(t, body); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("the line is %+v, want %+v", got, want)
 	}
@@ -302,12 +303,12 @@ func TestGlobalUnits(t *testing.T) {
 	}
 	c.want("/v1/journal?unit=agent.service", "node1 agent.service here", "node3 agent.service here")
 	c.want("/v1/journal?unit=ag*", "node1 agent.service here", "node3 agent.service here")
-	var found Statuses
+	var found unitapi.Statuses
 	_, body := c.get("/v1/unit-status?unit=agent.service")
 	if err := json.Unmarshal([]byte(body), &found); err != nil {
 		t.Fatal(err)
 	}
-	want := []Status{
+	want := []unitapi.Status{
 		{Unit: "agent.service", Machine: "m1", Node: "node1", Text: "status of agent.service", Exit: 3},
 		{Unit: "agent.service", Machine: "m3", Node: "node3", Text: "status of agent.service", Exit: 3},
 	}
@@ -421,7 +422,7 @@ func TestMachineAway(t *testing.T) {
 	}
 	c.place(0, "broken.service")
 	_, body := c.get("/v1/unit-status?unit=*")
-	var found Statuses
+	var found unitapi.Statuses
 	if err := json.Unmarshal([]byte(body), &found); err != nil {
 		t.Fatal(err)
 	}
@@ -460,7 +461,7 @@ func (c *cluster) follow(query string) *following {
 		defer close(done)
 		in := bufio.NewScanner(resp.Body)
 		for in.Scan() {
-			var l Line
+			var l unitapi.JournalLine
 			if json.Unmarshal(in.Bytes(), &l) != nil {
 				continue
 			}
@@ -601,15 +602,15 @@ func TestStoreAway(t *testing.T) {
 func TestTail(t *testing.T) {
 	for n, want := range map[int]string{-1: "0123p4", 0: "p", 1: "4p", 3: "234p", 5: "01234p", 9: "01234p"} {
 		var got strings.Builder
-		tail := newTail(n, func(l Line) error {
+		tail := newTail(n, func(l unitapi.JournalLine) error {
 			got.WriteString(l.Message + l.Problem)
 			return nil
 		})
 		for i := range 5 {
 			if i == 4 {
-				_ = tail.add(Line{Problem: "p"})
+				_ = tail.add(unitapi.JournalLine{Problem: "p"})
 			}
-			_ = tail.add(Line{Message: strconv.Itoa(i)})
+			_ = tail.add(unitapi.JournalLine{Message: strconv.Itoa(i)})
 		}
 		if err := tail.end(); err != nil || got.String() != want {
 			t.Errorf("the last %d: %s, want %s", n, got.String(), want)

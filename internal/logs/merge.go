@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"flotilla/internal/unitapi"
 )
 
 func (s *Server) journal(w http.ResponseWriter, r *http.Request) {
@@ -35,22 +37,22 @@ func (s *Server) journal(w http.ResponseWriter, r *http.Request) {
 }
 
 // problems are those that are known before any machine is asked.
-func (v view) problems() []Line {
-	var lines []Line
+func (v view) problems() []unitapi.JournalLine {
+	var lines []unitapi.JournalLine
 	for name, why := range v.nowhere {
-		lines = append(lines, Line{Time: time.Now(), Unit: name, Problem: name + ": " + why})
+		lines = append(lines, unitapi.JournalLine{Time: time.Now(), Unit: name, Problem: name + ": " + why})
 	}
 	if v.partial != "" {
-		lines = append(lines, Line{Time: time.Now(), Problem: v.partial})
+		lines = append(lines, unitapi.JournalLine{Time: time.Now(), Problem: v.partial})
 	}
-	slices.SortFunc(lines, func(a, b Line) int { return strings.Compare(a.Problem, b.Problem) })
+	slices.SortFunc(lines, func(a, b unitapi.JournalLine) int { return strings.Compare(a.Problem, b.Problem) })
 	return lines
 }
 
 // from hands over the lines of one machine, with its name on them.
-func (s *Server) from(ctx context.Context, v view, id string, q question, each func(Line) error) error {
+func (s *Server) from(ctx context.Context, v view, id string, q question, each func(unitapi.JournalLine) error) error {
 	m, there := v.machines[id]
-	named := func(l Line) error {
+	named := func(l unitapi.JournalLine) error {
 		l.Machine, l.Node = id, m.Node
 		return each(l)
 	}
@@ -64,7 +66,7 @@ func (s *Server) from(ctx context.Context, v view, id string, q question, each f
 		err = s.remote(ctx, m, q, named)
 	}
 	if err != nil && !errors.Is(err, errEnough) && ctx.Err() == nil {
-		return named(Line{Time: time.Now(), Problem: fmt.Sprintf("machine %s: %v", called(m, id), err)})
+		return named(unitapi.JournalLine{Time: time.Now(), Problem: fmt.Sprintf("machine %s: %v", called(m, id), err)})
 	}
 	return err
 }
@@ -77,15 +79,15 @@ func (s *Server) once(ctx context.Context, q question, v view, out *writer) erro
 	defer readers.Wait()
 	defer cancel()
 
-	var sources []<-chan Line
+	var sources []<-chan unitapi.JournalLine
 	for id, units := range v.units {
-		lines := make(chan Line, 64)
+		lines := make(chan unitapi.JournalLine, 64)
 		sources = append(sources, lines)
 		mine := q
 		mine.units = units
 		readers.Go(func() {
 			defer close(lines)
-			_ = s.from(ctx, v, id, mine, func(l Line) error { // what failed is a line
+			_ = s.from(ctx, v, id, mine, func(l unitapi.JournalLine) error { // what failed is a line
 				if l.Live {
 					return nil
 				}
@@ -109,15 +111,15 @@ func (s *Server) once(ctx context.Context, q question, v view, out *writer) erro
 }
 
 // show writes a line without what only nodes need.
-func (l *writer) show(line Line) error {
+func (l *writer) show(line unitapi.JournalLine) error {
 	line.Cursor, line.Live, line.Units = "", false, nil
 	return l.line(line)
 }
 
 // merge hands over the lines of all sources by time.
-func merge(sources []<-chan Line, each func(Line) error) error {
-	var heads []Line
-	var open []<-chan Line
+func merge(sources []<-chan unitapi.JournalLine, each func(unitapi.JournalLine) error) error {
+	var heads []unitapi.JournalLine
+	var open []<-chan unitapi.JournalLine
 	for _, s := range sources {
 		if l, ok := <-s; ok {
 			heads, open = append(heads, l), append(open, s)
@@ -146,15 +148,15 @@ func merge(sources []<-chan Line, each func(Line) error) error {
 // negative.
 type tail struct {
 	n    int
-	each func(Line) error
-	kept []Line // a ring once it has n lines
-	next int    // its oldest
-	bad  []Line
+	each func(unitapi.JournalLine) error
+	kept []unitapi.JournalLine // a ring once it has n lines
+	next int                   // its oldest
+	bad  []unitapi.JournalLine
 }
 
-func newTail(n int, each func(Line) error) *tail { return &tail{n: n, each: each} }
+func newTail(n int, each func(unitapi.JournalLine) error) *tail { return &tail{n: n, each: each} }
 
-func (t *tail) add(l Line) error {
+func (t *tail) add(l unitapi.JournalLine) error {
 	switch {
 	case t.n < 0:
 		return t.each(l)

@@ -10,8 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"flotilla/internal/api"
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 )
 
@@ -30,16 +30,16 @@ type discovery struct {
 	builder *catalog.Builder
 	last    *catalog.Snapshot
 
-	source   atomic.Pointer[api.Source]
+	source   atomic.Pointer[client.Source]
 	problems atomic.Int64
 }
 
 // restore publishes the catalog of an earlier run, before the store is asked.
 func (d *discovery) restore(s *saved) {
-	source := api.SourceNone
+	source := client.SourceNone
 	if s != nil {
 		d.publish(d.builder.Restore(s.revision, s.keys))
-		source = api.SourceSnapshot
+		source = client.SourceSnapshot
 		d.log.Info("routing from the catalog on disk until the store answers",
 			"revision", s.revision, "services", d.last.Len(), "saved", s.at.Format(time.RFC3339))
 	}
@@ -76,8 +76,8 @@ func (d *discovery) apply(u store.Update) int {
 		d.received(next.Revision)
 	}
 	d.publish(next)
-	if *d.source.Load() != api.SourceLive {
-		live := api.SourceLive
+	if *d.source.Load() != client.SourceLive {
+		live := client.SourceLive
 		d.source.Store(&live)
 		d.log.Info("the catalog is loaded from the store", "revision", u.Revision, "services", next.Len())
 	}
@@ -167,9 +167,9 @@ func (d *discovery) checkHold(now time.Time) {
 }
 
 // state returns what the API says about where the catalog comes from.
-func (d *discovery) state() api.StoreState {
+func (d *discovery) state() client.StoreState {
 	s := d.reflector.Status()
-	return api.StoreState{
+	return client.StoreState{
 		Live: s.Live, Confirmed: s.Confirmed, Revision: s.Revision, Lists: s.Lists,
 		Restarts: s.Restarts, Drift: s.Drift, Held: s.Held, Err: s.Err, Source: *d.source.Load(),
 	}

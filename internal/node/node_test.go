@@ -24,6 +24,7 @@ import (
 	mdns "github.com/miekg/dns"
 
 	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 )
@@ -123,7 +124,7 @@ func startNode(t *testing.T, cfg Config) (stop func() error) {
 
 // page reads a path of the operations socket.
 func page(cfg Config, path string) (string, bool) {
-	text, ok, err := api.Dial(fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)).Ops(context.Background(), path)
+	text, ok, err := client.Dial(fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)).Ops(context.Background(), path)
 	return text, ok && err == nil
 }
 
@@ -208,10 +209,10 @@ func TestNodeRoutesAndReports(t *testing.T) {
 	waitFresh(t, cfg)
 	c := open(t, endpoint)
 	web := backend(t, "web")
-	node := api.Dial(cfg.Socket)
+	node := client.Dial(cfg.Socket)
 
 	scheme := "http"
-	w, err := node.Set(t.Context(), "web", api.Change{Scheme: &scheme, AddEndpoints: []string{web}}, 20*time.Second)
+	w, err := node.Set(t.Context(), "web", client.Change{Scheme: &scheme, AddEndpoints: []string{web}}, 20*time.Second)
 	if err != nil || !w.Changed || len(w.Applied) != 1 || !w.Applied[0].Reached {
 		t.Fatalf("set: %+v, error %v", w, err)
 	}
@@ -269,8 +270,8 @@ func TestBootWithoutStore(t *testing.T) {
 	if text, fresh := page(cfg, "/freshz"); fresh || !strings.HasPrefix(text, "stale: ") {
 		t.Errorf("/freshz says %q", text)
 	}
-	st, err := api.Dial(cfg.Socket).Status(t.Context())
-	if err != nil || st.Store.Live || st.Store.Source != api.SourceSnapshot || st.Services != 1 {
+	st, err := client.Dial(cfg.Socket).Status(t.Context())
+	if err != nil || st.Store.Live || st.Store.Source != client.SourceSnapshot || st.Services != 1 {
 		t.Errorf("status %+v, error %v", st.Store, err)
 	}
 }
@@ -355,7 +356,7 @@ func TestKillAndAdopt(t *testing.T) {
 	}
 	waitRouted(t, cfg, "web", "web")
 	waitFresh(t, cfg)
-	before, err := api.Dial(cfg.Socket).Status(t.Context())
+	before, err := client.Dial(cfg.Socket).Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -368,7 +369,7 @@ func TestKillAndAdopt(t *testing.T) {
 	}
 	startNode(t, cfg)
 	waitFresh(t, cfg)
-	after, err := api.Dial(cfg.Socket).Status(t.Context())
+	after, err := client.Dial(cfg.Socket).Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -395,7 +396,7 @@ func TestMassDisappearance(t *testing.T) {
 	waitRouted(t, cfg, "s03", "web")
 	waitFresh(t, cfg)
 	apply(t, c, deletes...)
-	node := api.Dial(cfg.Socket)
+	node := client.Dial(cfg.Socket)
 	storetest.Wait(t, 10*time.Second, "the hold", func() bool {
 		st, err := node.Status(t.Context())
 		return err == nil && st.Held != nil && st.Held.Removed == 12

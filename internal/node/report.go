@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/store"
 )
 
@@ -21,7 +22,7 @@ func (n *node) report(ctx context.Context) error {
 	for {
 		_, changed := n.router.Applied()
 		st := n.router.Status()
-		raw, err := json.Marshal(api.NodeRecord{
+		raw, err := json.Marshal(client.NodeRecord{
 			V: schemaVersion, Name: n.cfg.Name, Address: n.cfg.Address, Version: n.version, Started: n.started.UTC().Truncate(time.Second),
 			Applied: st.Applied, Serving: st.Serving, Draining: st.Draining,
 		})

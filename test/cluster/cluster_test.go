@@ -19,7 +19,7 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/api"
+	"flotilla/internal/client"
 	"flotilla/internal/store/storetest"
 )
 
@@ -106,16 +106,16 @@ func kill(t *testing.T, pid int, s syscall.Signal) {
 	}
 }
 
-func (n *node) status() (api.NodeStatus, error) {
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+func (n *node) status() (client.NodeStatus, error) {
+	over := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", filepath.Join(n.data, "node.sock"))
 		},
 	}}
-	var s api.NodeStatus
-	resp, err := client.Get("http://node/v1/status")
+	var s client.NodeStatus
+	resp, err := over.Get("http://node/v1/status")
 	if err != nil {
 		return s, err
 	}
@@ -124,7 +124,7 @@ func (n *node) status() (api.NodeStatus, error) {
 }
 
 // until waits for a state of the node.
-func (n *node) until(what string, ok func(api.NodeStatus) bool) {
+func (n *node) until(what string, ok func(client.NodeStatus) bool) {
 	n.t.Helper()
 	wait(n.t, n.name+" "+what, func() string {
 		s, err := n.status()
@@ -146,7 +146,7 @@ func wait(t *testing.T, what string, f func() string) {
 	t.Fatalf("%s: not in time: %s", what, why)
 }
 
-func live(s api.NodeStatus) bool { return s.Store.Live && s.Router.Serving }
+func live(s client.NodeStatus) bool { return s.Store.Live && s.Router.Serving }
 
 // get asks the node for a service and returns the first word of the answer, or
 // the status.

@@ -1,4 +1,8 @@
-package api
+// Package client is how programs talk to a node: a client for its HTTP API, and what
+// the requests and answers about services, nodes and the store look like. It is
+// small to start, and so it must not know etcd, metrics, or anything else of what
+// answers; nor how answers are shown to people.
+package client
 
 import (
 	"bytes"
@@ -12,6 +16,7 @@ import (
 	"net/http"
 	neturl "net/url"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -31,8 +36,19 @@ type Client struct {
 // connect.
 func Dial(socket string) *Client {
 	return Over(socket, func(ctx context.Context) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socketAddress(socket))
+		return new(net.Dialer).DialContext(ctx, "unix", SocketAddress(socket))
 	})
+}
+
+// SocketAddress returns what the net package takes for the socket of that name. An
+// abstract one ("@name") needs no directory that HAProxy's user can enter, and is
+// padded with zeros as HAProxy pads it.
+func SocketAddress(name string) string {
+	const size = 108 // of sun_path
+	if strings.HasPrefix(name, "@") && len(name) < size {
+		name += strings.Repeat("\x00", size-len(name))
+	}
+	return name
 }
 
 // Over returns a client for the node that dial connects to: through a tunnel, or
@@ -71,18 +87,18 @@ func (c *Client) send(ctx context.Context, method, path string, query neturl.Val
 	if in != nil {
 		raw, err := json.Marshal(in)
 		if err != nil {
-			return nil, fail(CodeBadRequest, "", "%v", err)
+			return nil, Errorf(CodeBadRequest, "", "%v", err)
 		}
 		body = bytes.NewReader(raw)
 	}
 	plain, err := neturl.PathUnescape(path)
 	if err != nil {
-		return nil, fail(CodeBadRequest, "", "%v", err)
+		return nil, Errorf(CodeBadRequest, "", "%v", err)
 	}
 	u := neturl.URL{Scheme: "http", Host: "node", Path: plain, RawPath: path, RawQuery: query.Encode()}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
-		return nil, fail(CodeBadRequest, "", "%v", err)
+		return nil, Errorf(CodeBadRequest, "", "%v", err)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
@@ -109,7 +125,7 @@ func (c *Client) do(ctx context.Context, method, path string, query neturl.Value
 		return nil
 	}
 	if err := json.Unmarshal(raw, out); err != nil {
-		return fail(CodeInternal, "is the node of another version? flotilla status", "the node's answer to %s %s is not understood: %v", method, path, err)
+		return Errorf(CodeInternal, "is the node of another version? flotilla status", "the node's answer to %s %s is not understood: %v", method, path, err)
 	}
 	return nil
 }
@@ -124,7 +140,7 @@ func answered(resp *http.Response, raw []byte) *Error {
 		} `json:"error"`
 	}
 	if err := json.Unmarshal(raw, &wrapped); err != nil || wrapped.Error == nil {
-		e := fail(CodeInternal, "", "the node answered %s: %.200s", resp.Status, raw)
+		e := Errorf(CodeInternal, "", "the node answered %s: %.200s", resp.Status, raw)
 		e.Status = resp.StatusCode
 		return e
 	}
@@ -153,15 +169,15 @@ func (c *Client) unreached(err error) *Error {
 	}
 	switch {
 	case errors.As(err, &known):
-		return fail(CodeNoNode, known.Hint(), "%v", err)
+		return Errorf(CodeNoNode, known.Hint(), "%v", err)
 	case errors.Is(err, fs.ErrPermission):
-		return fail(CodeNoNode, "run it with sudo, or as a member of the socket's group", "this user may not open the node's socket %s", c.socket)
+		return Errorf(CodeNoNode, "run it with sudo, or as a member of the socket's group", "this user may not open the node's socket %s", c.socket)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fail(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "no node answers on %s", c.socket)
+		return Errorf(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "no node answers on %s", c.socket)
 	case errors.Is(err, context.DeadlineExceeded):
-		return fail(CodeNoNode, "look at the node's log", "the node on %s does not answer in time", c.socket)
+		return Errorf(CodeNoNode, "look at the node's log", "the node on %s does not answer in time", c.socket)
 	}
-	return fail(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "the node on %s does not answer: %v", c.socket, err)
+	return Errorf(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "the node on %s does not answer: %v", c.socket, err)
 }
 
 func servicePath(name string) string { return "/v1/services/" + neturl.PathEscape(name) }

@@ -1,11 +1,13 @@
-package fleetapi
+// Package unitapi is what the requests and answers of a node's API about units,
+// machines and journals look like. It knows the records of the registry, whose
+// shapes some answers have. It is small to start, for the sake of clients, and must
+// not know the store or anything else of what answers.
+package unitapi
 
 import (
-	"fmt"
-	"net/http"
+	"time"
 
 	"flotilla/internal/registry"
-	"flotilla/internal/unit"
 )
 
 // Submissions is the body of POST /v1/units. Each unit stands for itself: one
@@ -65,14 +67,6 @@ type Problem struct {
 	Reason  string `json:"reason"`
 	Remedy  string `json:"remedy,omitempty"`
 	Warning bool   `json:"warning,omitempty"` // the unit is accepted all the same
-}
-
-func problemsOf(list []unit.Problem) []Problem {
-	var out []Problem
-	for _, p := range list {
-		out = append(out, Problem(p))
-	}
-	return out
 }
 
 // Changes is the body of POST /v1/units/change: exactly one of Desired, Restart
@@ -238,36 +232,36 @@ type FailoverChanged struct {
 	Revision int64             `json:"revision"`
 }
 
-// Error is the body of an answer that is none of the above, as
-// {"error": Error}. The codes are those of the node's API.
-type Error struct {
-	Code    string `json:"code"`
-	Message string `json:"message"`
-	Hint    string `json:"hint,omitempty"`
-	status  int
+// JournalLine is one line of the answer to GET /v1/journal. One with a Problem has no
+// message: it says why lines are missing.
+type JournalLine struct {
+	Time       time.Time `json:"time"`
+	Machine    string    `json:"machine,omitempty"`
+	Node       string    `json:"node,omitempty"`
+	Unit       string    `json:"unit,omitempty"`
+	Message    string    `json:"message"`
+	Priority   int       `json:"priority"`
+	PID        int       `json:"pid,omitempty"`
+	Identifier string    `json:"identifier,omitempty"`
+	Problem    string    `json:"problem,omitempty"`
+
+	// Between nodes only.
+	Cursor string   `json:"cursor,omitempty"`
+	Live   bool     `json:"live,omitempty"`  // not a line: what was there is over, what is new follows
+	Units  []string `json:"units,omitempty"` // of Live: those that the machine has of the ones asked for
 }
 
-func (e *Error) Error() string { return e.Message }
-
-func fail(status int, hint, format string, args ...any) *Error {
-	return &Error{Code: codeOf(status), Message: fmt.Sprintf(format, args...), Hint: hint, status: status}
+// Status is what systemd says of one unit on one machine.
+type Status struct {
+	Unit    string `json:"unit"`
+	Machine string `json:"machine,omitempty"`
+	Node    string `json:"node,omitempty"`
+	Text    string `json:"text,omitempty"`    // of systemctl status
+	Exit    int    `json:"exit"`              // of systemctl status
+	Problem string `json:"problem,omitempty"` // why there is no text
 }
 
-// codeOf returns the word for a status.
-func codeOf(status int) string {
-	switch status {
-	case http.StatusBadRequest, http.StatusRequestEntityTooLarge:
-		return "bad_request"
-	case http.StatusNotFound:
-		return "not_found"
-	case http.StatusConflict:
-		return "conflict"
-	case http.StatusUnprocessableEntity:
-		return "invalid"
-	case http.StatusServiceUnavailable:
-		return "store_unavailable"
-	case http.StatusGatewayTimeout:
-		return "unknown_outcome"
-	}
-	return "internal"
+// Statuses is the answer to GET /v1/unit-status, by unit and then by node.
+type Statuses struct {
+	Statuses []Status `json:"statuses"`
 }

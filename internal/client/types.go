@@ -1,4 +1,4 @@
-package api
+package client
 
 import (
 	"encoding/json"
@@ -7,8 +7,6 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
-	"flotilla/internal/router"
-	"flotilla/internal/store"
 )
 
 // Code says in one word what kind of error an answer is.
@@ -44,7 +42,12 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Message }
 
-func fail(code Code, hint, format string, args ...any) *Error {
+// Status returns the HTTP status of an answer with that code.
+func (c Code) Status() int { return statusOf[c] }
+
+// Errorf returns an error of that code; hint is a command or a sentence that helps,
+// or "".
+func Errorf(code Code, hint, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...), Hint: hint}
 }
 
@@ -84,11 +87,33 @@ type NodeStatus struct {
 	Services int           `json:"services"`
 	Revision int64         `json:"revision"` // of the newest catalog
 	Held     *catalog.Hold `json:"held,omitempty"`
-	Router   router.Status `json:"router"`
+	Router   RouterState   `json:"router"`
 	DNS      DNSStats      `json:"dns"`
 	Problems int           `json:"problems"` // of services and of this node
 	// Warnings are this node's own troubles in sentences, such as a full disk.
 	Warnings []string `json:"warnings,omitempty"`
+}
+
+// RouterState is the state of a node's router.
+type RouterState struct {
+	Serving    bool      `json:"serving"` // HAProxy answers and runs Applied
+	Applied    int64     `json:"applied"` // catalog revision that HAProxy runs
+	AppliedAt  time.Time `json:"applied_at"`
+	Draining   bool      `json:"draining"` // the balancer's check answers 503
+	Version    string    `json:"haproxy_version"`
+	Pid        int       `json:"haproxy_pid"` // of the worker
+	Generation int64     `json:"generation"`  // of the configuration file that the worker loaded
+	Reloads    uint64    `json:"reloads"`     // since the node started
+	LastReload string    `json:"last_reload,omitempty"`
+	Resyncs    uint64    `json:"resyncs"`  // full comparisons with HAProxy
+	Drift      uint64    `json:"drift"`    // differences that audits found and removed
+	Commands   uint64    `json:"commands"` // Runtime API commands sent
+	Slots      int       `json:"slots"`    // backends declared
+	FreeSlots  int       `json:"free_slots"`
+	HostPorts  string    `json:"host_ports"` // "nftables" or "listeners"
+	// Problems of this node alone, such as a host_port that another program has.
+	Problems []catalog.Problem `json:"problems"`
+	Err      string            `json:"error,omitempty"` // why it is not serving
 }
 
 // DNSStats are the DNS server's counters since the node started.
@@ -115,13 +140,6 @@ type NodeRecord struct {
 	Serving  bool      `json:"serving"`
 	Draining bool      `json:"draining"`
 }
-
-// NodesPrefix is the key prefix of the node records.
-const NodesPrefix = "/flotilla/nodes/"
-
-// ConfirmedKey holds, as a decimal number, the highest store revision up to
-// which a mass disappearance of endpoints was confirmed.
-const ConfirmedKey = "/flotilla/confirmed"
 
 // ServiceSummary is one line of GET /v1/services.
 type ServiceSummary struct {
@@ -233,5 +251,29 @@ type ClusterNode struct {
 // Nodes is the answer to GET /v1/nodes.
 type Nodes struct {
 	Nodes []ClusterNode `json:"nodes"` // by name; empty when the store does not answer
-	Store store.Health  `json:"store"`
+	Store StoreHealth   `json:"store"`
+}
+
+// StoreHealth is the state of the store.
+type StoreHealth struct {
+	Cluster string   `json:"cluster"` // id, hexadecimal; "" not known
+	Quorum  bool     `json:"quorum"`  // the members were read linearizably
+	Members []Member `json:"members"` // by name
+	Err     string   `json:"err"`     // why there is no quorum; "" when there is
+}
+
+// Member is one etcd of the store, and how it answered.
+type Member struct {
+	Name      string        `json:"name"` // "" until it has started once
+	ID        string        `json:"id"`   // hexadecimal, as etcdctl writes it
+	Endpoint  string        `json:"endpoint"`
+	Learner   bool          `json:"learner"` // not a voter
+	Leader    bool          `json:"leader"`
+	Reachable bool          `json:"reachable"`
+	Version   string        `json:"version"`  // of etcd
+	DBSize    int64         `json:"db_size"`  // bytes of the file
+	DBInUse   int64         `json:"db_inuse"` // bytes of it that hold data
+	Quota     int64         `json:"quota"`    // bytes that the file may reach; 0 not known
+	Latency   time.Duration `json:"latency"`  // of the question, in nanoseconds
+	Err       string        `json:"err"`      // what is wrong with it; "" if nothing is
 }
