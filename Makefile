@@ -5,7 +5,7 @@ FUZZTIME ?= 20s
 .PHONY: build test unit race lint fuzz system cluster faults bench demo check deps haproxies fleetctl
 
 build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
-	CGO_ENABLED=0 go build -ldflags "-X main.version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
+	CGO_ENABLED=0 go build -ldflags "-X flotilla/internal/cli.Version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
 
 test: haproxies fleetctl lint ## everything that continuous integration runs
 	@$(MAKE) --no-print-directory -j2 unit system

@@ -48,6 +48,7 @@ var packages = map[string]struct {
 	"logs":     {layer: 3, mustNotKnow: []string{"haproxy", "catalog", "remote"}},
 	"fleetapi": {layer: 3, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 
+	"cli":  {layer: 4, mustNotKnow: []string{"api", "fleetapi", "logs", "agent", "engine", "router", "dns", "store", "systemd", "haproxy"}},
 	"node": {layer: 4},
 }
 

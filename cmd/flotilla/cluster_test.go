@@ -7,45 +7,15 @@ import (
 	"strings"
 	"testing"
 
+	"flotilla/internal/cli"
 	"flotilla/internal/node"
 	"flotilla/internal/nspawn"
 )
 
-func TestNewNames(t *testing.T) {
-	for _, tc := range []struct {
-		taken string
-		n     int
-		want  string
-	}{{"", 3, "n1 n2 n3"}, {"n1 n3", 2, "n2 n4"}, {"n1 n2 n3", 0, ""}, {"n1 n2", -1, ""}} {
-		if got := strings.Join(newNames(strings.Fields(tc.taken), tc.n), " "); got != tc.want {
-			t.Errorf("%d beside %q: %q, want %q", tc.n, tc.taken, got, tc.want)
-		}
-	}
-}
-
-func TestMemberAt(t *testing.T) {
-	const list = `1a, started, n1-aa, http://10.77.0.11:2380, http://10.77.0.11:2379, false
-2b, started, n2-bb, http://10.77.0.111:2380, http://10.77.0.111:2379, false
-`
-	for address, want := range map[string]string{"10.77.0.11": "1a", "10.77.0.111": "2b", "10.77.0.1": ""} {
-		if got := memberAt(list, address); got != want {
-			t.Errorf("%s is member %q, want %q", address, got, want)
-		}
-	}
-}
-
-func TestShellWords(t *testing.T) {
-	for _, tc := range []struct{ args, want string }{{"ls -l", "ls -l"}, {"ls|-l", "'ls' '-l'"}, {"echo|it's", `'echo' 'it'\''s'`}} {
-		if got := strings.Join(shellWords(strings.Split(tc.args, "|")), " "); got != tc.want {
-			t.Errorf("%q: %q, want %q", tc.args, got, tc.want)
-		}
-	}
-}
-
 // What is written to a node is a configuration that the node takes.
 func TestNodeFiles(t *testing.T) {
-	g := growth{binary: "/bin/true", metadata: []string{"disk=ssd", "zone=a"}}
-	files, err := nodeFiles(&nspawn.Host{}, g, "n2", []string{"n1", "n3"})
+	metadata := []string{"disk=ssd", "zone=a"}
+	files, err := nodeFiles("/bin/true", [][2]string{{"name", "n1"}, {"insecure", "true"}, {"join", "n1,n3"}, {"metadata", strings.Join(metadata, ",")}, {"name", "n2"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +32,7 @@ func TestNodeFiles(t *testing.T) {
 	if err := cfg.Validate(); err != nil {
 		t.Error(err)
 	}
-	if cfg.Name != "n2" || !cfg.Insecure || !slices.Equal(cfg.Join, []string{"n1", "n3"}) || !slices.Equal(cfg.Metadata, g.metadata) {
+	if cfg.Name != "n2" || !cfg.Insecure || !slices.Equal(cfg.Join, []string{"n1", "n3"}) || !slices.Equal(cfg.Metadata, metadata) {
 		t.Errorf("%s is read as %+v", files[at].Text, cfg)
 	}
 	for _, unit := range []string{"flotilla-store.service", "flotilla-node.service", "flotilla-haproxy.service"} {
@@ -77,13 +47,13 @@ func TestNodeFiles(t *testing.T) {
 func TestClusterCannot(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	var out, complaint strings.Builder
-	code := run([]string{"cluster", "up"}, &out, &complaint)
+	code := cli.Run([]string{"flotilla", "cluster", "up"}, &out, &complaint, &daemons)
 	want := []string{"not installed here: systemd-nspawn, mmdebstrap, ip", "hint: apt-get install systemd-container mmdebstrap iproute2"}
 	if os.Geteuid() != 0 {
 		want = []string{"by root only", "hint: sudo "}
 	}
 	for _, w := range want {
-		if code != exitFailed || !strings.Contains(complaint.String(), w) {
+		if code != cli.ExitFailed || !strings.Contains(complaint.String(), w) {
 			t.Errorf("exit code %d, %s, want %q in it", code, complaint.String(), w)
 		}
 	}
@@ -102,7 +72,7 @@ func TestClusterUsage(t *testing.T) {
 		{"cluster dwon", `there is no command "flotilla cluster dwon"`},
 	} {
 		var out, complaint strings.Builder
-		if code := run(strings.Fields(tc.args), &out, &complaint); code != exitUsage || !strings.Contains(complaint.String(), tc.want) {
+		if code := cli.Run(strings.Fields("flotilla "+tc.args), &out, &complaint, &daemons); code != cli.ExitUsage || !strings.Contains(complaint.String(), tc.want) {
 			t.Errorf("%s: exit code %d, %s, want %q", tc.args, code, complaint.String(), tc.want)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"flotilla/internal/cli"
 	"flotilla/internal/client"
 	"flotilla/internal/node"
 )
@@ -52,37 +53,38 @@ var checks = []func(ctx context.Context, p *patient) []finding{
 	checkNode, checkPorts, checkHAProxy, checkLimits, checkNftables, checkClock, checkDisk, checkStore,
 }
 
-func (c *cli) doctorCommand() *cobra.Command {
+func doctorCommand() *cobra.Command {
 	given := node.Default()
+	var output string
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Check whether this machine can run a node well, and say what to do",
 		Long: `Check this machine for the settings that flotilla node would have: give the same
 flags, file and environment. The exit code is 1 if a check fails.`,
-		Args: between(0, 0, ""),
+		Args: cli.Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if c.output != "text" && c.output != "json" {
-				return usage(fmt.Sprintf("--output %q is neither text nor json", c.output), "flotilla doctor --help")
+			if output != "text" && output != "json" {
+				return cli.Usage(fmt.Sprintf("--output %q is neither text nor json", output), "flotilla doctor --help")
 			}
 			cfg, err := node.Load(&given, cmd.Flags().Changed, os.Environ())
 			if err != nil {
-				return usage(err.Error(), cmd.CommandPath()+" --help")
+				return cli.Usage(err.Error(), cmd.CommandPath()+" --help")
 			}
 			findings := examine(cmd.Context(), cfg)
-			if c.output == "json" {
-				err = sayJSON(cmd.OutOrStdout(), findings)
+			if output == "json" {
+				err = cli.SayJSON(cmd.OutOrStdout(), findings)
 			} else {
 				sayFindings(cmd.OutOrStdout(), findings)
 			}
 			for _, f := range findings {
 				if f.Level == levelFail && err == nil {
-					err = errReported
+					err = cli.ErrReported
 				}
 			}
 			return err
 		},
 	}
 	addOptions(cmd, &given)
-	cmd.Flags().StringVarP(&c.output, "output", "o", "text", "text or json")
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
 }
 
@@ -118,12 +120,12 @@ func mistakes(err error) []error {
 }
 
 func sayFindings(w io.Writer, findings []finding) {
-	p := painter{colour: colourOn(w)}
+	p := cli.NewPainter(w)
 	for _, f := range findings {
-		mark := map[level]string{levelOK: p.green("ok  "), levelWarn: p.yellow("warn"), levelFail: p.red("fail")}[f.Level]
-		say(w, "%s  %-9s %s\n", mark, f.Check, f.Text)
+		mark := map[level]string{levelOK: p.Green("ok  "), levelWarn: p.Yellow("warn"), levelFail: p.Red("fail")}[f.Level]
+		cli.Say(w, "%s  %-9s %s\n", mark, f.Check, f.Text)
 		if f.Remedy != "" {
-			say(w, "                -> %s\n", f.Remedy)
+			cli.Say(w, "                -> %s\n", f.Remedy)
 		}
 	}
 }

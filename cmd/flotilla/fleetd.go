@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"net"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/activation"
 
+	"flotilla/internal/cli"
 	"flotilla/internal/node"
 )
 
@@ -228,7 +230,7 @@ func routeAddress() string {
 func readFleetConf(file string, named bool, environ []string) (node.Config, []string, error) {
 	cfg := node.Default()
 	raw, err := os.ReadFile(file)
-	if err != nil && (named || !isMissing(err)) {
+	if err != nil && (named || !errors.Is(err, fs.ErrNotExist)) {
 		return cfg, nil, err
 	}
 	f, warnings, err := parseFleetConf(string(raw), file, environ)
@@ -252,15 +254,15 @@ func runFleetd(args []string, stdout, stderr io.Writer) int {
 	err := fl.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		return exitDone
+		return cli.ExitDone
 	case err != nil:
-		return exitUsage
+		return cli.ExitUsage
 	case *about:
-		say(stdout, "fleetd version %s\n", version)
-		return exitDone
+		cli.Say(stdout, "fleetd version %s\n", cli.Version)
+		return cli.ExitDone
 	case fl.NArg() > 0:
-		say(stderr, "fleetd: error: fleetd takes no argument, and %q is one\n", fl.Arg(0))
-		return exitUsage
+		cli.Say(stderr, "fleetd: error: fleetd takes no argument, and %q is one\n", fl.Arg(0))
+		return cli.ExitUsage
 	}
 	named := *file != ""
 	if !named {
@@ -272,10 +274,10 @@ func runFleetd(args []string, stdout, stderr io.Writer) int {
 	signal.Notify(again, syscall.SIGHUP)
 	defer signal.Stop(again)
 	if err := serveFleetd(ctx, again, *file, named, stderr); err != nil {
-		say(stderr, "fleetd: error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\nfleetd: error: "))
-		return exitFailed
+		cli.Say(stderr, "fleetd: error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\nfleetd: error: "))
+		return cli.ExitFailed
 	}
-	return exitDone
+	return cli.ExitDone
 }
 
 // serveFleetd runs the node until ctx ends. For each signal from again the file
@@ -287,7 +289,7 @@ func serveFleetd(ctx context.Context, again <-chan os.Signal, file string, named
 	for err == nil {
 		run, end := context.WithCancelCause(ctx)
 		ended := make(chan error, 1)
-		go func() { ended <- node.Run(run, cfg, version, log, sockets...) }()
+		go func() { ended <- node.Run(run, cfg, cli.Version, log, sockets...) }()
 		for run.Err() == nil {
 			select {
 			case err := <-ended:

@@ -12,10 +12,11 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"flotilla/internal/cli"
 	"flotilla/internal/node"
 )
 
-func (c *cli) nodeCommand() *cobra.Command {
+func nodeCommand() *cobra.Command {
 	given := node.Default()
 	var units string
 	cmd := &cobra.Command{
@@ -27,7 +28,7 @@ the environment, then the file.`,
 		Example: `  flotilla node --name n1 --address 10.0.0.11 --insecure
   flotilla node --name n2 --address 10.0.0.12 --insecure --join 10.0.0.11
   flotilla node --address 127.0.0.1 --data /tmp/n1 --http-port 8080 --https-port 8443 --dns-port 8053`,
-		Args: between(0, 0, ""),
+		Args: cli.Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd, &given)
 			if err != nil {
@@ -37,9 +38,9 @@ the environment, then the file.`,
 				return printUnits(cmd.OutOrStdout(), units, &cfg)
 			}
 			if err := cfg.CheckPrivileges(); err != nil {
-				return usage(err.Error(), cmd.CommandPath()+" --help")
+				return cli.Usage(err.Error(), cmd.CommandPath()+" --help")
 			}
-			return node.Run(cmd.Context(), cfg, version, newLogger(cmd.ErrOrStderr(), &cfg), activation.Files(false)...)
+			return node.Run(cmd.Context(), cfg, cli.Version, newLogger(cmd.ErrOrStderr(), &cfg), activation.Files(false)...)
 		},
 	}
 	addOptions(cmd, &given)
@@ -69,7 +70,7 @@ func load(cmd *cobra.Command, given *node.Config) (node.Config, error) {
 		err = cfg.Validate()
 	}
 	if err != nil {
-		return cfg, usage(err.Error(), cmd.CommandPath()+" --help")
+		return cfg, cli.Usage(err.Error(), cmd.CommandPath()+" --help")
 	}
 	return cfg, nil
 }
@@ -100,13 +101,13 @@ func printUnits(w io.Writer, dir string, cfg *node.Config) error {
 	}
 	for i, u := range units {
 		if dir == "-" {
-			say(w, "%s# %s\n%s", strings.Repeat("\n", min(i, 1)), u.Name, u.Text)
+			cli.Say(w, "%s# %s\n%s", strings.Repeat("\n", min(i, 1)), u.Name, u.Text)
 			continue
 		}
 		if err := u.WriteTo(dir); err != nil {
 			return err
 		}
-		say(w, "wrote %s/%s\n", strings.TrimSuffix(dir, "/"), u.Name)
+		cli.Say(w, "wrote %s/%s\n", strings.TrimSuffix(dir, "/"), u.Name)
 	}
 	return nil
 }

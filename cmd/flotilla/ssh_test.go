@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -154,26 +153,5 @@ func playedJournal(ctx context.Context, q systemd.JournalQuery) iter.Seq2[system
 			<-ctx.Done()
 			yield(systemd.Entry{}, ctx.Err())
 		}
-	}
-}
-
-func TestSeconds(t *testing.T) {
-	for in, want := range map[string]float64{"10": 10, "2.5": 2.5, "1m": 60, "500ms": 0.5} {
-		var s seconds
-		if err := s.Set(in); err != nil || float64(s) != want {
-			t.Errorf("%q: %v, %v, want %v", in, s, err, want)
-		}
-	}
-	for _, in := range []string{"", "0", "-1", "x", "NaN", "1e9"} {
-		var s seconds
-		if err := s.Set(in); err == nil {
-			t.Errorf("%q is taken as %v", in, s)
-		}
-	}
-}
-
-func TestPlain(t *testing.T) {
-	if got := plain("a\x1b[2J\tb\nc\u009b\x00"); strings.ContainsAny(got, "\x1b\x00\u009b") || !strings.Contains(got, "\tb\nc") {
-		t.Errorf("%q", got)
 	}
 }

@@ -7,19 +7,12 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"flotilla/internal/cli"
 	"flotilla/internal/node"
 	"flotilla/internal/store"
 )
 
-// exitCode is an error that ends the program with a code of its own.
-type exitCode struct {
-	error
-	code int
-}
-
-func (e exitCode) Unwrap() error { return e.error }
-
-func (c *cli) storeCommand() *cobra.Command {
+func storeCommand() *cobra.Command {
 	given := node.Default()
 	cmd := &cobra.Command{
 		Use: "store", Short: "Run the store's member of a node: etcd, in a process of its own",
@@ -28,14 +21,14 @@ func (c *cli) storeCommand() *cobra.Command {
 
 Exit code %d means that the cluster has all members it needs, %d that this member
 was removed from it; starting it again is useless then.`, node.ExitEnoughVoters, node.ExitRemoved),
-		Args: between(0, 0, ""),
+		Args: cli.Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd, &given)
 			if err != nil {
 				return err
 			}
 			if !cfg.RunsStore() {
-				return usage("--etcd-endpoints names an external etcd, so this node has no store to run", "leave flotilla-store.service out")
+				return cli.Usage("--etcd-endpoints names an external etcd, so this node has no store to run", "leave flotilla-store.service out")
 			}
 			if err := os.MkdirAll(cfg.Data, 0o755); err != nil {
 				return fmt.Errorf("create the data directory: %w", err)
@@ -44,9 +37,9 @@ was removed from it; starting it again is useless then.`, node.ExitEnoughVoters,
 			err = store.Serve(cmd.Context(), cfg.StoreConfig(), log, func() {})
 			switch {
 			case errors.Is(err, store.ErrEnoughVoters):
-				return exitCode{err, node.ExitEnoughVoters}
+				return cli.Exit(err, node.ExitEnoughVoters)
 			case errors.Is(err, store.ErrRemoved):
-				return exitCode{err, node.ExitRemoved}
+				return cli.Exit(err, node.ExitRemoved)
 			}
 			return err
 		},

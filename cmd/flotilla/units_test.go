@@ -20,13 +20,12 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"flotilla/internal/client"
+	"flotilla/internal/cli"
 	"flotilla/internal/fleetapi"
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/unit"
-	"flotilla/internal/unitapi"
 )
 
 // TestUnitScripts runs testdata/units/*.txtar against the API of units on a real
@@ -162,28 +161,12 @@ func TestManyUnits(t *testing.T) {
 		gets.Store(0)
 		var out, errs strings.Builder
 		began := time.Now()
-		c := &cli{}
-		c.connect = func() *client.Client {
-			return client.Over("test", func(ctx context.Context) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, "tcp", server.Listener.Addr().String())
-			})
+		line := []string{"flotilla", tc.verb, "--endpoint", server.URL, filepath.Join(dir, "web@{1..500}")}
+		if code := cli.Run(line, &out, &errs, nil); code != cli.ExitDone {
+			t.Fatalf("%s: exit code %d; %s", tc.verb, code, errs.String())
 		}
-		r := &unitRun{cli: c, io: streams{&out, &errs}, verb: tc.verb}
-		args := []string{filepath.Join(dir, "web@{1..500}")}
-		w := waiting{timeout: 3 * time.Minute}
-		switch tc.verb {
-		case "start":
-			err = r.bring(ctx, args, registry.Launched, false, w)
-		case "stop":
-			err = r.stop(ctx, args, w)
-		case "destroy":
-			err = r.destroy(ctx, args)
-		}
-		if err != nil {
-			t.Fatalf("%s: %v; %s", tc.verb, err, errs.String())
-		}
-		// Each poll is one GET, and the pause between polls grows to lastPoll.
-		most := 30 + int64(time.Since(began)/firstPoll)
+		// Each poll is one GET, after a pause of at least 20 ms.
+		most := 30 + int64(time.Since(began)/(20*time.Millisecond))
 		if lines := strings.Count(out.String(), "\n"); posts.Load() != tc.posts || gets.Load() > most || lines != tc.lines {
 			t.Errorf("%s: %d POSTs, %d GETs, %d lines, want %d, at most %d, %d", tc.verb, posts.Load(), gets.Load(), lines, tc.posts, most, tc.lines)
 		}
@@ -335,99 +318,4 @@ func decoded[R registry.Record](prefix string, items []store.KV) map[string]R {
 		}
 	}
 	return all
-}
-
-func TestBraces(t *testing.T) {
-	for _, tc := range []struct{ in, want string }{
-		{"web.service", "web.service"},
-		{"web@{1..3}.service", "web@1.service web@2.service web@3.service"},
-		{"web@{3..1}", "web@3 web@2 web@1"},
-		{"web@{08..10}", "web@08 web@09 web@10"},
-		{"{a,b}@{1..2}", "a@1 a@2 b@1 b@2"},
-		{"web@{a,{1..2},c}", "web@a web@1 web@2 web@c"},
-		{"web@{a,}", "web@a web@"},
-		{"web@{a}", "web@{a}"},
-		{"web@{1..}", "web@{1..}"},
-		{"web@{", "web@{"},
-		{"}{", "}{"},
-		{"x{1..2}{", "x1{ x2{"},
-		{"{{1..2}", "{1 {2"},
-		{"{1..1}", "1"},
-	} {
-		got, err := braces(tc.in)
-		if err != nil || strings.Join(got, " ") != tc.want {
-			t.Errorf("%s: %q, %v, want %s", tc.in, got, err, tc.want)
-		}
-	}
-	for _, in := range []string{"{1..20000}", "{1..2000000000}", strings.Repeat("{1..100}", 40)} {
-		if got, err := braces(in); err == nil {
-			t.Errorf("%s stands for %d names", in, len(got))
-		}
-	}
-}
-
-func FuzzBraces(f *testing.F) {
-	for _, s := range []string{"web@{1..3}", "{a,{b,c}}", "{{{,}", "{1..99999}"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		if len(s) > 200 {
-			return
-		}
-		list, err := braces(s)
-		if err == nil && (len(list) == 0 || len(list) > mostExpanded+1) {
-			t.Errorf("%q stands for %d", s, len(list))
-		}
-		if !strings.ContainsRune(s, '{') && (len(list) != 1 || list[0] != s) {
-			t.Errorf("%q stands for %q", s, list)
-		}
-	})
-}
-
-func TestUnitName(t *testing.T) {
-	for _, tc := range []struct{ arg, name, file string }{
-		{"web", "web.service", "web.service"},
-		{"dir/web.service", "web.service", "dir/web.service"},
-		{"./web@1", "web@1.service", "web@1.service"},
-		{"multi-user.target", "multi-user.target", "multi-user.target"},
-		{"web.1", "web.1.service", "web.1.service"},
-		{"/abs/a.timer", "a.timer", "/abs/a.timer"},
-	} {
-		if name, file := unitName(tc.arg); name != tc.name || file != tc.file {
-			t.Errorf("%s: %s in %s, want %s in %s", tc.arg, name, file, tc.name, tc.file)
-		}
-	}
-}
-
-// What a unit has to be for a verb to be done.
-func TestGoals(t *testing.T) {
-	own := func(current registry.Desired, st unitapi.State) unitView {
-		st.Machine = "m"
-		return unitView{unitapi.Unit{Name: "a.service", Hash: "h", Current: current, Restarts: 2,
-			Machine: &unitapi.MachineRef{ID: "m"}, States: []unitapi.State{{Machine: "other", Active: "active", Hash: "h", Restarts: 2}, st}}}
-	}
-	nowhere := unitView{unitapi.Unit{Current: registry.Inactive}}
-	for name, tc := range map[string]struct {
-		goal goal
-		u    unitView
-		want stand
-	}{
-		"active":                 {launched, own(registry.Launched, unitapi.State{Active: "active", Hash: "h", Restarts: 2}), reached},
-		"starting":               {launched, own(registry.Launched, unitapi.State{Active: "activating", Hash: "h", Restarts: 2}), underWay},
-		"old version":            {launched, own(registry.Launched, unitapi.State{Active: "active", Hash: "old", Restarts: 2}), underWay},
-		"not yet restarted":      {launched, own(registry.Launched, unitapi.State{Active: "active", Hash: "h", Restarts: 1}), underWay},
-		"failed":                 {launched, own(registry.Launched, unitapi.State{Active: "failed", Hash: "h", Restarts: 2}), broken},
-		"ended":                  {launched, own(registry.Launched, unitapi.State{Active: "inactive", Hash: "h", Restarts: 2}), doubtful},
-		"nowhere, to be started": {launched, nowhere, underWay},
-		"loaded":                 {loaded, own(registry.Loaded, unitapi.State{Active: "inactive", Hash: "h"}), reached},
-		"still stopping":         {stopped, own(registry.Loaded, unitapi.State{Active: "deactivating", Hash: "h"}), underWay},
-		"nowhere, to be stopped": {stopped, nowhere, reached},
-		"nowhere, to be loaded":  {loaded, nowhere, underWay},
-		"unloaded":               {inactive, nowhere, reached},
-		"to be unloaded":         {inactive, own(registry.Loaded, unitapi.State{}), underWay},
-	} {
-		if got, _ := tc.goal(tc.u); got != tc.want {
-			t.Errorf("%s: %d, want %d", name, got, tc.want)
-		}
-	}
 }

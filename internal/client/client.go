@@ -15,6 +15,8 @@ import (
 	"net"
 	"net/http"
 	neturl "net/url"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -38,6 +40,18 @@ func Dial(socket string) *Client {
 	return Over(socket, func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", SocketAddress(socket))
 	})
+}
+
+// DefaultSocket returns the path of the API socket of a node that was told
+// nothing: /run/flotilla for root, the user's run-time directory otherwise.
+func DefaultSocket() string {
+	if os.Geteuid() == 0 {
+		return "/run/flotilla/node.sock"
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		return filepath.Join(dir, "flotilla", "node.sock")
+	}
+	return filepath.Join(os.TempDir(), fmt.Sprintf("flotilla-%d", os.Getuid()), "node.sock")
 }
 
 // SocketAddress returns what the net package takes for the socket of that name. An

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/client"
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 )
@@ -132,7 +133,7 @@ type Config struct {
 // Default returns the configuration of a node that was told nothing.
 func Default() Config {
 	return Config{
-		Name: defaultName(), Data: defaultData(), Socket: DefaultSocket(),
+		Name: defaultName(), Data: defaultData(), Socket: client.DefaultSocket(),
 		HTTPPort: 80, HTTPSPort: 443, DNSPort: 53, DNSDomain: "local",
 		BalancerPort: 9180, RedirectPort: 9181, StoreClientPort: 2379, StorePeerPort: 2380,
 		Units: "auto", UnitsDir: "/run/flotilla/units", MachineTTL: 12, OnStop: "keep", Engine: true,
@@ -161,18 +162,6 @@ func defaultData() string {
 		return filepath.Join(home, ".local", "state", "flotilla")
 	}
 	return filepath.Join(os.TempDir(), fmt.Sprintf("flotilla-%d", os.Getuid()), "data")
-}
-
-// DefaultSocket returns the path of the API socket of a node that was told
-// nothing: /run/flotilla for root, the user's run-time directory otherwise.
-func DefaultSocket() string {
-	if os.Geteuid() == 0 {
-		return "/run/flotilla/node.sock"
-	}
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-		return filepath.Join(dir, "flotilla", "node.sock")
-	}
-	return filepath.Join(os.TempDir(), fmt.Sprintf("flotilla-%d", os.Getuid()), "node.sock")
 }
 
 // A Mistake is one wrong setting of a Config.

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -16,7 +16,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"flotilla/internal/client"
-	"flotilla/internal/node"
 	"flotilla/internal/remote"
 )
 
@@ -54,7 +53,7 @@ func (c *cli) fleetEndpointFlags(fl *pflag.FlagSet) {
 func (c *cli) fleetEndpoint() error {
 	first, more, several := strings.Cut(c.reach.endpoint, ",")
 	if several {
-		say(os.Stderr, "multiple endpoints provided but only the first (%s) is used, not %s\n", first, more)
+		Say(os.Stderr, "multiple endpoints provided but only the first (%s) is used, not %s\n", first, more)
 	}
 	dial, err := c.reach.dialer(first)
 	if err != nil {
@@ -74,7 +73,7 @@ func presentSocket(path string) string {
 	if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
 		return s
 	}
-	return node.DefaultSocket()
+	return client.DefaultSocket()
 }
 
 // unserved reports whether a socket is not there, or is and nobody listens.

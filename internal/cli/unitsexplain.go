@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -22,7 +22,7 @@ func isMissing(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 func (c *cli) explainCommand() *cobra.Command {
 	return c.clientFlags(&cobra.Command{
 		Use: "explain UNIT", Short: "Say why a unit is where it is, or why it is nowhere",
-		Args: between(1, 1, "one unit"), ValidArgsFunction: c.completeUnits,
+		Args: Between(1, 1, "one unit"), ValidArgsFunction: c.completeUnits,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, _ := unitName(args[0])
 			var e unitapi.Explanation
@@ -31,7 +31,7 @@ func (c *cli) explainCommand() *cobra.Command {
 				return c.noUnit(err, name)
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), e)
+				return SayJSON(cmd.OutOrStdout(), e)
 			}
 			sayExplained(cmd.OutOrStdout(), e)
 			return nil
@@ -48,7 +48,7 @@ func (c *cli) noUnit(err error, name string) error {
 }
 
 func sayExplained(w io.Writer, e unitapi.Explanation) {
-	p := painter{colour: colourOn(w)}
+	p := NewPainter(w)
 	u := unitView{e.Unit}
 	where := "on no machine"
 	switch {
@@ -57,7 +57,7 @@ func sayExplained(w io.Writer, e unitapi.Explanation) {
 	case u.Machine != nil:
 		where = "on " + dash(u.Machine.Node) + " (" + u.at(false) + ")"
 	}
-	say(w, "%s: %s, %s\n", p.bold(u.Name), u.Current, where)
+	Say(w, "%s: %s, %s\n", p.Bold(u.Name), u.Current, where)
 	rows := [][]string{{"  wanted", string(u.Desired)}, {"  version", shortHash(u.Hash, false)}}
 	for _, line := range [][2]string{{"placed", u.Placed}, {"leaving", u.Releasing}, {"nowhere", u.Unplaced}} {
 		if line[1] != "" {
@@ -77,9 +77,9 @@ func sayExplained(w io.Writer, e unitapi.Explanation) {
 		rows = append(rows, []string{"  systemd", text})
 	}
 	table(w, rows...)
-	say(w, "\n%s\n", p.bold("Machines"))
+	Say(w, "\n%s\n", p.Bold("Machines"))
 	if len(e.Machines) == 0 {
-		say(w, "  none is registered\n")
+		Say(w, "  none is registered\n")
 	}
 	rows = nil
 	for _, m := range e.Machines {
@@ -99,7 +99,7 @@ func (c *cli) moveCommand() *cobra.Command {
 
 The unit stops where it is, and starts on the other machine once it has stopped.
 MACHINE is an ID or its beginning, the name of a node, or an address.`,
-		Args: between(2, 2, "a unit and a machine"), ValidArgsFunction: c.completeMove,
+		Args: Between(2, 2, "a unit and a machine"), ValidArgsFunction: c.completeMove,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, _ := unitName(args[0])
 			all, err := c.machines(cmd.Context())
@@ -116,13 +116,13 @@ MACHINE is an ID or its beginning, the name of a node, or an address.`,
 				return c.noUnit(err, name)
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), moved)
+				return SayJSON(cmd.OutOrStdout(), moved)
 			}
 			if !moved.Changed {
-				say(cmd.OutOrStdout(), "Unit %s is on %s already, or on its way there\n", name, machineLegend(m.ID, m.Address, false))
+				Say(cmd.OutOrStdout(), "Unit %s is on %s already, or on its way there\n", name, machineLegend(m.ID, m.Address, false))
 				return nil
 			}
-			say(cmd.OutOrStdout(), "Unit %s is to move to %s; see: flotilla explain %s\n", name, machineLegend(m.ID, m.Address, false), name)
+			Say(cmd.OutOrStdout(), "Unit %s is to move to %s; see: flotilla explain %s\n", name, machineLegend(m.ID, m.Address, false), name)
 			return nil
 		},
 	})
@@ -132,7 +132,7 @@ func (c *cli) rebalanceCommand() *cobra.Command {
 	var agreed bool
 	cmd := &cobra.Command{
 		Use: "rebalance", Short: "Show which moves would level the load of the machines; with --yes, make them",
-		Args: between(0, 0, ""),
+		Args: Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			method := http.MethodGet
 			if agreed {
@@ -144,10 +144,10 @@ func (c *cli) rebalanceCommand() *cobra.Command {
 			}
 			w := cmd.OutOrStdout()
 			if c.output == "json" {
-				return sayJSON(w, plan)
+				return SayJSON(w, plan)
 			}
 			if len(plan.Moves) == 0 {
-				say(w, "Nothing is to be moved.\n")
+				Say(w, "Nothing is to be moved.\n")
 				return nil
 			}
 			names := c.legends(cmd.Context())
@@ -157,9 +157,9 @@ func (c *cli) rebalanceCommand() *cobra.Command {
 			}
 			table(w, rows...)
 			if agreed {
-				say(w, "\n%s under way; see: flotilla list-unit-files --fields unit,target,reason\n", count(len(plan.Moves), "move"))
+				Say(w, "\n%s under way; see: flotilla list-unit-files --fields unit,target,reason\n", count(len(plan.Moves), "move"))
 			} else {
-				say(w, "\nNothing is moved yet. To do it: flotilla rebalance --yes\n")
+				Say(w, "\nNothing is moved yet. To do it: flotilla rebalance --yes\n")
 			}
 			return nil
 		},
@@ -188,16 +188,16 @@ func (c *cli) legends(ctx context.Context) func(id string) string {
 
 func (c *cli) failoverCommand() *cobra.Command {
 	allow := &cobra.Command{
-		Use: "allow", Short: "Let the units of the machines that vanished together start elsewhere", Args: between(0, 0, ""),
+		Use: "allow", Short: "Let the units of the machines that vanished together start elsewhere", Args: Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var done unitapi.FailoverChanged
 			if err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/failover", nil, unitapi.FailoverChange{Allow: true}, &done); err != nil {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), done)
+				return SayJSON(cmd.OutOrStdout(), done)
 			}
-			say(cmd.OutOrStdout(), "The units of machines that are gone are placed anew.\n")
+			Say(cmd.OutOrStdout(), "The units of machines that are gone are placed anew.\n")
 			return nil
 		},
 	}

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"fmt"
@@ -73,7 +73,7 @@ func braces(text string) ([]string, error) {
 			}
 		}
 		if len(all) > mostExpanded {
-			return nil, usage(fmt.Sprintf("%q stands for more than %d names", text, mostExpanded), "give fewer at a time")
+			return nil, Usage(fmt.Sprintf("%q stands for more than %d names", text, mostExpanded), "give fewer at a time")
 		}
 	}
 	return all, nil
@@ -164,7 +164,7 @@ func existing(args []string, units map[string]unitView) (names, missing []string
 			continue
 		}
 		if _, err := path.Match(arg, ""); err != nil {
-			return nil, nil, usage(fmt.Sprintf("%q is not a pattern", arg), "* stands for any text, ? for one character, [ab] for one of them")
+			return nil, nil, Usage(fmt.Sprintf("%q is not a pattern", arg), "* stands for any text, ? for one character, [ab] for one of them")
 		}
 		found := false
 		for _, u := range sortedUnits(units) {

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -184,13 +184,13 @@ func (s *resolver) compare(ctx context.Context, w *wanted, file string, parts un
 	switch same := local.Hash().String() == w.was.Hash; {
 	case same && s.replace:
 		if s.output != "json" {
-			say(s.io.out, "Found same Unit(%s) in Registry, nothing to do\n", w.name)
+			Say(s.io.out, "Found same Unit(%s) in Registry, nothing to do\n", w.name)
 		}
 	case same:
 	case !s.replace:
 		s.differs(w.name, what)
 	case !mayReplace[s.verb][w.was.Desired]:
-		say(s.io.err, "Warning: can not replace Unit(%s) in state '%s', use the appropriate command\n", w.name, w.was.Desired)
+		Say(s.io.err, "Warning: can not replace Unit(%s) in state '%s', use the appropriate command\n", w.name, w.was.Desired)
 	default:
 		replaced, err := s.checked(*w, local, from)
 		if err != nil {
@@ -209,7 +209,7 @@ var mayReplace = map[string]map[registry.Desired]bool{
 }
 
 func (s *resolver) differs(name, what string) {
-	say(s.io.err, "WARNING: Unit %s in registry differs from %s. Add --replace to override.\n", name, what)
+	Say(s.io.err, "WARNING: Unit %s in registry differs from %s. Add --replace to override.\n", name, what)
 }
 
 // checked takes the file for the unit unless it is bad; warnings are printed.
@@ -218,7 +218,7 @@ func (s *resolver) checked(w wanted, f *unit.File, from string) (wanted, error) 
 	_, problems := f.Check(parts)
 	for _, p := range problems {
 		if p.Warning {
-			say(s.io.err, "WARNING: Unit %s: %s: %v\n", w.name, from, p)
+			Say(s.io.err, "WARNING: Unit %s: %s: %v\n", w.name, from, p)
 		}
 	}
 	if err := unit.Refusal(problems); err != nil {

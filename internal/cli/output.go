@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"bufio"
@@ -13,11 +13,11 @@ import (
 	"golang.org/x/term"
 )
 
-// say prints. A terminal or pipe that is gone has nobody to tell.
-func say(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
+// Say prints. A terminal or pipe that is gone has nobody to tell.
+func Say(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
 
-// sayJSON prints v as indented JSON.
-func sayJSON(w io.Writer, v any) error {
+// SayJSON prints v as indented JSON.
+func SayJSON(w io.Writer, v any) error {
 	out := json.NewEncoder(w)
 	out.SetIndent("", "  ")
 	out.SetEscapeHTML(false)
@@ -31,20 +31,24 @@ func colourOn(w io.Writer) bool {
 	return ok && !no && os.Getenv("TERM") != "dumb" && term.IsTerminal(int(f.Fd()))
 }
 
-// painter colours text, or leaves it as it is.
-type painter struct{ colour bool }
+// Painter colours text, or leaves it as it is.
+type Painter struct{ colour bool }
 
-func (p painter) paint(code, s string) string {
+// NewPainter returns the painter of what is written to w.
+func NewPainter(w io.Writer) Painter { return Painter{colourOn(w)} }
+
+func (p Painter) paint(code, s string) string {
 	if !p.colour {
 		return s
 	}
 	return "\x1b[" + code + "m" + s + "\x1b[0m"
 }
 
-func (p painter) red(s string) string    { return p.paint("31", s) }
-func (p painter) green(s string) string  { return p.paint("32", s) }
-func (p painter) yellow(s string) string { return p.paint("33", s) }
-func (p painter) bold(s string) string   { return p.paint("1", s) }
+// The colours of text.
+func (p Painter) Red(s string) string    { return p.paint("31", s) }
+func (p Painter) Green(s string) string  { return p.paint("32", s) }
+func (p Painter) Yellow(s string) string { return p.paint("33", s) }
+func (p Painter) Bold(s string) string   { return p.paint("1", s) }
 
 // table prints rows in columns; the first is the heading. Cells must not be
 // coloured: escape codes would count as letters.
@@ -56,7 +60,7 @@ func columnar(w io.Writer, tabWidth, padding int, pad byte, rows [][]string) {
 	whole := bufio.NewWriter(w)
 	out := tabwriter.NewWriter(whole, 0, tabWidth, padding, pad, 0)
 	for _, r := range rows {
-		_, _ = fmt.Fprintln(out, strings.TrimRight(strings.Join(r, "\t"), "\t")) // see say
+		_, _ = fmt.Fprintln(out, strings.TrimRight(strings.Join(r, "\t"), "\t")) // see Say
 	}
 	_ = out.Flush()
 	_ = whole.Flush()

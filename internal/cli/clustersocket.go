@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"fmt"
@@ -25,7 +25,7 @@ func (c *cli) clusterSocket(cmd *cobra.Command) error {
 	if c.cluster != "" {
 		cl, err := host.Cluster(c.cluster)
 		if err != nil {
-			return usage(err.Error(), "flotilla cluster list")
+			return Usage(err.Error(), "flotilla cluster list")
 		}
 		if c.socket, err = liveSocket(cmd, cl); err != nil {
 			return err
@@ -56,7 +56,7 @@ func (c *cli) clusterSocket(cmd *cobra.Command) error {
 	case 0:
 	case 1:
 		c.socket = socket
-		say(cmd.ErrOrStderr(), "flotilla: asking cluster %s\n", running[0])
+		Say(cmd.ErrOrStderr(), "flotilla: asking cluster %s\n", running[0])
 	default:
 		return hinted{fmt.Errorf("no node runs on this machine itself, and several clusters do: %s", strings.Join(running, ", ")),
 			[]string{"choose one: --cluster " + running[0] + ", or FLOTILLA_CLUSTER=" + running[0]}}

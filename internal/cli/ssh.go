@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -30,7 +30,7 @@ With --tunnel the way goes through the entry node. The exit code is the command'
 		Example: "  flotilla ssh n2\n  flotilla ssh web@1.service journalctl -u web@1 -f\n  flotilla ssh --tunnel core@edge.example.com n2 uptime",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if port < 1 || port > 65535 {
-				return usage(fmt.Sprintf("--ssh-port %d is not a port", port), cmd.CommandPath()+" --help")
+				return Usage(fmt.Sprintf("--ssh-port %d is not a port", port), cmd.CommandPath()+" --help")
 			}
 			m, line, err := c.sshTarget(cmd.Context(), machine, unit, args)
 			if err != nil {
@@ -54,9 +54,9 @@ func (c *cli) sshTarget(ctx context.Context, machine, unit string, args []string
 	var none unitapi.Machine
 	switch {
 	case machine != "" && unit != "":
-		return none, "", usage("--machine and --unit exclude each other", "give one of them")
+		return none, "", Usage("--machine and --unit exclude each other", "give one of them")
 	case machine == "" && unit == "" && len(args) == 0:
-		return none, "", usage("ssh needs a machine or a unit", "list them with: flotilla list-machines")
+		return none, "", Usage("ssh needs a machine or a unit", "list them with: flotilla list-machines")
 	}
 	either := ""
 	if machine == "" && unit == "" {
@@ -142,7 +142,7 @@ func (c *cli) runThere(cmd *cobra.Command, m unitapi.Machine, to remote.Target, 
 	}
 	code, err := client.Run(ctx, there)
 	if err == nil && code != 0 {
-		return exitCode{errReported, code}
+		return exitCode{ErrReported, code}
 	}
 	return err
 }
@@ -196,7 +196,7 @@ func terminal() (restore func(), pty *remote.PTY, err error) {
 // forward to sockets.
 func fdForwardCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "fd-forward SOCKET", Short: "Join standard input and output with a unix socket", Hidden: true, Args: between(1, 1, "a socket"),
+		Use: "fd-forward SOCKET", Short: "Join standard input and output with a unix socket", Hidden: true, Args: Between(1, 1, "a socket"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path := strings.TrimPrefix(args[0], "unix://")
 			conn, err := new(net.Dialer).DialContext(cmd.Context(), "unix", presentSocket(path))

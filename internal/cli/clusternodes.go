@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -31,7 +31,7 @@ func newProgress(w io.Writer) *progress { return &progress{began: time.Now(), w:
 func (p *progress) line(format string, args ...any) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	say(p.w, format+"\n", args...)
+	Say(p.w, format+"\n", args...)
 }
 
 func (p *progress) since() time.Duration { return time.Since(p.began).Round(100 * time.Millisecond) }
@@ -148,7 +148,7 @@ func (c *cli) awaitJoined(ctx context.Context, l local, limit time.Duration, tel
 	}
 	if err != nil {
 		return exitCode{hinted{err, []string{"flotilla cluster status " + l.Name(),
-			"flotilla cluster shell --cluster " + l.Name() + " NODE journalctl -b -u 'flotilla-*'"}}, exitNotConverged}
+			"flotilla cluster shell --cluster " + l.Name() + " NODE journalctl -b -u 'flotilla-*'"}}, ExitNotConverged}
 	}
 	return nil
 }
@@ -181,7 +181,7 @@ func (c *cli) ofCluster(cmd *cobra.Command) *cobra.Command {
 
 func (c *cli) clusterShell() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "shell NODE [COMMAND...]", Short: "Log in to a node as root, or run a command there", Args: between(1, 1000, "a node"),
+		Use: "shell NODE [COMMAND...]", Short: "Log in to a node as root, or run a command there", Args: Between(1, 1000, "a node"),
 		Example: "  flotilla cluster shell n1\n  flotilla cluster shell n1 journalctl -u 'flotilla-*' -f",
 		RunE: c.onNode(func(cmd *cobra.Command, l local, m nspawn.Machine, args []string) error {
 			if !m.Running {
@@ -195,7 +195,7 @@ func (c *cli) clusterShell() *cobra.Command {
 			err := ssh.Run()
 			var exit *exec.ExitError
 			if errors.As(err, &exit) && exit.ExitCode() > 0 && exit.ExitCode() != 255 {
-				return exitCode{errReported, exit.ExitCode()}
+				return exitCode{ErrReported, exit.ExitCode()}
 			}
 			return err
 		}),
@@ -219,10 +219,10 @@ func shellWords(args []string) []string {
 
 func (c *cli) clusterConsole() *cobra.Command {
 	return c.ofCluster(&cobra.Command{
-		Use: "console NODE", Short: "Print what a node's console has said", Args: between(1, 1, "a node"),
+		Use: "console NODE", Short: "Print what a node's console has said", Args: Between(1, 1, "a node"),
 		RunE: c.onNode(func(cmd *cobra.Command, l local, m nspawn.Machine, _ []string) error {
 			text, err := l.Console(cmd.Context(), m.Name)
-			say(cmd.OutOrStdout(), "%s", text)
+			Say(cmd.OutOrStdout(), "%s", text)
 			return err
 		}),
 	})
@@ -230,7 +230,7 @@ func (c *cli) clusterConsole() *cobra.Command {
 
 func (c *cli) clusterPower() *cobra.Command {
 	return c.ofCluster(&cobra.Command{
-		Use: "power NODE on|off|cut|reboot", Short: "Switch a node on or off; cut is a power failure", Args: between(2, 2, "a node and on, off, cut or reboot"),
+		Use: "power NODE on|off|cut|reboot", Short: "Switch a node on or off; cut is a power failure", Args: Between(2, 2, "a node and on, off, cut or reboot"),
 		RunE: c.onNode(func(cmd *cobra.Command, l local, m nspawn.Machine, args []string) error {
 			ctx := cmd.Context()
 			switch args[0] {
@@ -243,14 +243,14 @@ func (c *cli) clusterPower() *cobra.Command {
 			case "reboot":
 				return l.Reboot(ctx, m.Name)
 			}
-			return usage(fmt.Sprintf("%q is neither on, off, cut nor reboot", args[0]), cmd.UseLine())
+			return Usage(fmt.Sprintf("%q is neither on, off, cut nor reboot", args[0]), cmd.UseLine())
 		}),
 	})
 }
 
 func (c *cli) clusterLink() *cobra.Command {
 	return c.ofCluster(&cobra.Command{
-		Use: "link NODE up|down", Short: "Plug a node's network in, or unplug it", Args: between(2, 2, "a node and up or down"),
+		Use: "link NODE up|down", Short: "Plug a node's network in, or unplug it", Args: Between(2, 2, "a node and up or down"),
 		RunE: c.onNode(func(cmd *cobra.Command, l local, m nspawn.Machine, args []string) error {
 			switch args[0] {
 			case "up":
@@ -258,7 +258,7 @@ func (c *cli) clusterLink() *cobra.Command {
 			case "down":
 				return l.CutLink(cmd.Context(), m.Name)
 			}
-			return usage(fmt.Sprintf("%q is neither up nor down", args[0]), cmd.UseLine())
+			return Usage(fmt.Sprintf("%q is neither up nor down", args[0]), cmd.UseLine())
 		}),
 	})
 }

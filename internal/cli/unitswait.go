@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -243,7 +243,7 @@ func (r *unitRun) await(ctx context.Context, names []string, g goal, w waiting) 
 			case s == reached || s == doubtful:
 				result.reached = append(result.reached, u)
 				if r.output != "json" {
-					say(r.io.out, "%s\n", u.line(note))
+					Say(r.io.out, "%s\n", u.line(note))
 				}
 			case s == broken:
 				result.broken = append(result.broken, u)
@@ -283,7 +283,7 @@ func (r *unitRun) murmur(names []string, found map[string]unitView, told map[str
 		if u, ok := found[name]; ok && told[name] != u.why() && said < 10 {
 			said++
 			told[name] = u.why()
-			say(r.io.err, "Waiting for unit %s: %s\n", name, u.why())
+			Say(r.io.err, "Waiting for unit %s: %s\n", name, u.why())
 		}
 	}
 }
@@ -302,13 +302,13 @@ func (r *unitRun) conclude(o outcome, state registry.Desired, limit time.Duratio
 	}
 	all := len(o.reached) + len(o.broken) + len(o.late) + len(o.gone)
 	for _, name := range o.gone {
-		say(r.io.err, "Unit %s was destroyed meanwhile\n", name)
+		Say(r.io.err, "Unit %s was destroyed meanwhile\n", name)
 	}
 	for _, u := range o.broken {
-		say(r.io.err, "Unit %s failed %s\n", u.Name, u.why())
+		Say(r.io.err, "Unit %s failed %s\n", u.Name, u.why())
 	}
 	for _, u := range o.late {
-		say(r.io.err, "Unit %s is not %s: %s\n", u.Name, state, u.why())
+		Say(r.io.err, "Unit %s is not %s: %s\n", u.Name, state, u.why())
 	}
 	switch {
 	case len(o.broken) > 0:
@@ -319,7 +319,7 @@ func (r *unitRun) conclude(o outcome, state registry.Desired, limit time.Duratio
 		return fmt.Errorf("%d of %s were destroyed meanwhile", len(o.gone), count(all, "unit"))
 	case len(o.late) > 0:
 		text := fmt.Errorf("%d of %s not %s after %s", len(o.late), count(all, "unit"), state, limit)
-		return exitCode{hinted{text, []string{"flotilla explain " + o.late[0].Name, "wait longer with --timeout, or not at all with --no-block"}}, exitNotConverged}
+		return exitCode{hinted{text, []string{"flotilla explain " + o.late[0].Name, "wait longer with --timeout, or not at all with --no-block"}}, ExitNotConverged}
 	}
 	return nil
 }

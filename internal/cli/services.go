@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -22,17 +22,17 @@ func (c *cli) servicesCommand() *cobra.Command {
 
 func (c *cli) servicesList() *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "List all services", Args: between(0, 0, ""),
+		Use: "list", Short: "List all services", Args: Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			list, err := c.dial().Services(cmd.Context())
 			if err != nil {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), list)
+				return SayJSON(cmd.OutOrStdout(), list)
 			}
 			if len(list) == 0 {
-				say(cmd.OutOrStdout(), "No services yet. Add one: flotilla services set web --scheme http --endpoint 10.0.0.5:8080\n")
+				Say(cmd.OutOrStdout(), "No services yet. Add one: flotilla services set web --scheme http --endpoint 10.0.0.5:8080\n")
 				return nil
 			}
 			rows := [][]string{{"NAME", "SCHEME", "ENDPOINTS", "HOST PORT", "PRIVATE", "DOMAINS", "PROBLEMS"}}
@@ -79,7 +79,7 @@ func (c *cli) servicesSet() *cobra.Command {
 		Example: `  flotilla services set web --scheme http --endpoint 10.0.0.5:8080 --endpoint 10.0.0.6:8080
   flotilla services set web --endpoint 2=10.0.0.7:8080 --drain 1 --wait
   flotilla services set db --scheme tcp --endpoint 10.0.0.9:5432 --host-port 5432`,
-		Args: between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
+		Args: Between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change, err := f.change(cmd)
 			if err != nil {
@@ -147,7 +147,7 @@ func (f *setFlags) change(cmd *cobra.Command) (client.Change, error) {
 	for _, o := range f.options {
 		name, value, ok := strings.Cut(o, "=")
 		if !ok {
-			return change, usage(fmt.Sprintf("--option %q is not NAME=VALUE", o), "such as --option strip_path=true")
+			return change, Usage(fmt.Sprintf("--option %q is not NAME=VALUE", o), "such as --option strip_path=true")
 		}
 		set(&change.Options, name, scalar(value))
 	}
@@ -166,7 +166,7 @@ func (f *setFlags) change(cmd *cobra.Command) (client.Change, error) {
 			field := m.fixed
 			if field == nil {
 				if !ok || name == "" {
-					return change, usage(fmt.Sprintf("--%s %q is not ENDPOINT=VALUE", m.flag, v), fmt.Sprintf("such as --%s 1=50", m.flag))
+					return change, Usage(fmt.Sprintf("--%s %q is not ENDPOINT=VALUE", m.flag, v), fmt.Sprintf("such as --%s 1=50", m.flag))
 				}
 				if field = scalar(value); m.flag == "zone" && value != "" {
 					field = quoted(value)
@@ -213,22 +213,22 @@ func quoted(text string) json.RawMessage {
 // sayWritten prints the result of a write.
 func (c *cli) sayWritten(w io.Writer, written client.Written, same, done string) error {
 	if c.output == "json" {
-		return sayJSON(w, written)
+		return SayJSON(w, written)
 	}
 	if written.Changed {
-		say(w, "%s at revision %d\n", done, written.Revision)
+		Say(w, "%s at revision %d\n", done, written.Revision)
 	} else {
-		say(w, "%s\n", same)
+		Say(w, "%s\n", same)
 	}
 	slowest := 0.0
 	for _, a := range written.Applied {
 		slowest = max(slowest, a.MS)
 	}
 	for _, a := range written.Applied {
-		say(w, "  %s routes it after %.0f ms\n", a.Node, a.MS)
+		Say(w, "  %s routes it after %.0f ms\n", a.Node, a.MS)
 	}
 	if n := len(written.Applied); n > 0 {
-		say(w, "applied on %s in %.0f ms\n", count(n, "node"), slowest)
+		Say(w, "applied on %s in %.0f ms\n", count(n, "node"), slowest)
 	}
 	return nil
 }
@@ -238,7 +238,7 @@ func (c *cli) servicesRemove() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: "remove NAME...", Short: "Remove services and all their keys",
-		Args: between(1, 1000, "the name of a service"), ValidArgsFunction: c.completeServices,
+		Args: Between(1, 1000, "the name of a service"), ValidArgsFunction: c.completeServices,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			limit := time.Duration(0)
 			if wait {
@@ -262,17 +262,17 @@ func (c *cli) servicesRemove() *cobra.Command {
 
 func (c *cli) servicesProblems() *cobra.Command {
 	return &cobra.Command{
-		Use: "problems", Short: "List every key that is not usable, with its remedy", Args: between(0, 0, ""),
+		Use: "problems", Short: "List every key that is not usable, with its remedy", Args: Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			list, err := c.dial().Problems(cmd.Context())
 			if err != nil {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), list)
+				return SayJSON(cmd.OutOrStdout(), list)
 			}
 			if len(list) == 0 {
-				say(cmd.OutOrStdout(), "No problems.\n")
+				Say(cmd.OutOrStdout(), "No problems.\n")
 			}
 			for _, p := range list {
 				sayProblem(cmd.OutOrStdout(), p.Key, p.Value, p.Reason, p.Remedy)
@@ -283,13 +283,13 @@ func (c *cli) servicesProblems() *cobra.Command {
 }
 
 func sayProblem(w io.Writer, key, value, reason, remedy string) {
-	p := painter{colour: colourOn(w)}
-	say(w, "  %s\n    value:  %s\n    reason: %s\n    remedy: %s\n", p.yellow(key), value, reason, remedy)
+	p := NewPainter(w)
+	Say(w, "  %s\n    value:  %s\n    reason: %s\n    remedy: %s\n", p.Yellow(key), value, reason, remedy)
 }
 
 func (c *cli) servicesConfirm() *cobra.Command {
 	return &cobra.Command{
-		Use: "confirm", Short: "Accept that most endpoints vanished at once, or that the store holds another state", Args: between(0, 0, ""),
+		Use: "confirm", Short: "Accept that most endpoints vanished at once, or that the store holds another state", Args: Between(0, 0, ""),
 		Long: `When more than half of all endpoints vanish in one step they stay routed, in case
 it is a mistake. This command says that it is meant, for all nodes. On a node
 whose store suddenly holds another or an older state, it accepts that state, for
@@ -307,14 +307,14 @@ this node alone.`,
 func (c *cli) servicesExplain() *cobra.Command {
 	return &cobra.Command{
 		Use: "explain NAME", Short: "Show every key of a service, what it does, and where the service is reached",
-		Args: between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
+		Args: Between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			e, err := c.dial().Explain(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), e)
+				return SayJSON(cmd.OutOrStdout(), e)
 			}
 			sayExplanation(cmd.OutOrStdout(), e)
 			return nil
@@ -323,16 +323,16 @@ func (c *cli) servicesExplain() *cobra.Command {
 }
 
 func sayExplanation(w io.Writer, e client.Explanation) {
-	p := painter{colour: colourOn(w)}
+	p := NewPainter(w)
 	what := e.Scheme + ", " + count(e.Endpoints, "endpoint")
 	if e.Scheme == "" {
-		what = p.yellow("not routable")
+		what = p.Yellow("not routable")
 	}
-	say(w, "%s: %s, revision %d\n", p.bold(e.Name), what, e.Revision)
+	Say(w, "%s: %s, revision %d\n", p.Bold(e.Name), what, e.Revision)
 	for _, n := range e.Notes {
-		say(w, "%s %s\n", p.yellow("note:"), n)
+		Say(w, "%s %s\n", p.Yellow("note:"), n)
 	}
-	say(w, "\n%s\n", p.bold("Keys"))
+	Say(w, "\n%s\n", p.Bold("Keys"))
 	rows := [][]string{}
 	for _, k := range e.Keys {
 		meaning := k.Meaning
@@ -346,24 +346,24 @@ func sayExplanation(w io.Writer, e client.Explanation) {
 	}
 	table(w, rows...)
 	if len(e.Problem) > 0 {
-		say(w, "\n%s\n", p.bold("Problems"))
+		Say(w, "\n%s\n", p.Bold("Problems"))
 		for _, pr := range e.Problem {
 			sayProblem(w, pr.Key, pr.Value, pr.Reason, pr.Remedy)
 		}
 	}
-	say(w, "\n%s\n", p.bold("Reached at"))
+	Say(w, "\n%s\n", p.Bold("Reached at"))
 	rows = nil
 	for _, r := range e.Routes {
 		rows = append(rows, []string{"  " + r.To, r.Note})
 	}
 	if len(rows) == 0 {
-		say(w, "  nowhere\n")
+		Say(w, "  nowhere\n")
 	}
 	table(w, rows...)
 	if cs := e.Counters; cs != nil {
-		say(w, "\n%s\n  %s\n", p.bold("On this node"), counters(cs))
+		Say(w, "\n%s\n  %s\n", p.Bold("On this node"), counters(cs))
 	}
-	say(w, "\n%s\n", p.bold("Nodes"))
+	Say(w, "\n%s\n", p.Bold("Nodes"))
 	rows = nil
 	for _, n := range e.Nodes {
 		state := "applied"

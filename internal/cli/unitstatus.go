@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"fmt"
@@ -19,7 +19,7 @@ func (c *cli) unitStatusCommand() *cobra.Command {
 		Use: "status UNIT...", Short: "Show what systemd says of units, on whatever machines they are",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				say(cmd.ErrOrStderr(), "No units given\n")
+				Say(cmd.ErrOrStderr(), "No units given\n")
 				return nil
 			}
 			return c.showUnits(cmd, args)
@@ -46,18 +46,18 @@ func (c *cli) showUnits(cmd *cobra.Command, args []string) error {
 			code = s.Exit
 		}
 		if code == 0 && s.Problem != "" {
-			code = exitFailed
+			code = ExitFailed
 		}
 	}
 	if c.output == "json" {
-		if err := sayJSON(w, answer); err != nil {
+		if err := SayJSON(w, answer); err != nil {
 			return err
 		}
 	} else if err := c.sayStatuses(cmd, answer.Statuses); err != nil {
 		return err
 	}
 	if code != 0 {
-		return exitCode{errReported, code}
+		return exitCode{ErrReported, code}
 	}
 	return nil
 }
@@ -79,18 +79,18 @@ func (c *cli) sayStatuses(cmd *cobra.Command, statuses []unitapi.Status) error {
 	}
 	for i, s := range statuses {
 		if i > 0 {
-			say(w, "\n")
+			Say(w, "\n")
 		}
 		if u, ok := units[s.Unit]; ok {
-			say(w, "%s\n", whereabouts(u, s))
+			Say(w, "%s\n", whereabouts(u, s))
 		}
 		switch {
 		case s.Problem != "" && s.Unit == "":
-			say(cmd.ErrOrStderr(), "%s%s\n", c.says(), plain(s.Problem))
+			Say(cmd.ErrOrStderr(), "%s%s\n", c.says(), plain(s.Problem))
 		case s.Problem != "":
-			say(cmd.ErrOrStderr(), "%s%s: %s\n", c.says(), s.Unit, plain(s.Problem))
+			Say(cmd.ErrOrStderr(), "%s%s: %s\n", c.says(), s.Unit, plain(s.Problem))
 		default:
-			say(w, "%s\n", strings.TrimRight(plain(s.Text), "\n"))
+			Say(w, "%s\n", strings.TrimRight(plain(s.Text), "\n"))
 		}
 	}
 	return nil

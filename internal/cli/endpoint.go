@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -67,7 +67,7 @@ func (c *cli) reachNode(cmd *cobra.Command) (bool, error) {
 		f, variable := fl.Lookup(name), "FLOTILLA_"+strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 		if value := os.Getenv(variable); f != nil && !f.Changed && value != "" {
 			if err := f.Value.Set(value); err != nil { // fl.Set would speak of a flag that nobody gave
-				return false, usage(fmt.Sprintf("%s=%q: %v", variable, value, err), cmd.CommandPath()+" --help")
+				return false, Usage(fmt.Sprintf("%s=%q: %v", variable, value, err), cmd.CommandPath()+" --help")
 			}
 		}
 	}
@@ -76,18 +76,18 @@ func (c *cli) reachNode(cmd *cobra.Command) (bool, error) {
 	case endpoint == "" && c.reach.tunnel == "":
 		return false, nil
 	case endpoint != "" && fl.Changed("socket"):
-		return false, usage("--endpoint and --socket say the same thing twice", cmd.CommandPath()+" --help")
+		return false, Usage("--endpoint and --socket say the same thing twice", cmd.CommandPath()+" --help")
 	case endpoint == "" && fl.Changed("socket"):
 		endpoint = "unix://" + c.socket
 	case endpoint == "":
 		endpoint = "unix://" + farSocket
 	}
 	if _, err := c.reach.entries(); err != nil {
-		return false, usage("--tunnel: "+err.Error(), cmd.CommandPath()+" --help")
+		return false, Usage("--tunnel: "+err.Error(), cmd.CommandPath()+" --help")
 	}
 	dial, err := c.reach.dialer(endpoint)
 	if err != nil {
-		return false, usage(fmt.Sprintf("--endpoint %q: %v", endpoint, err), "write unix:///run/flotilla/node.sock or http://10.0.0.1:9180")
+		return false, Usage(fmt.Sprintf("--endpoint %q: %v", endpoint, err), "write unix:///run/flotilla/node.sock or http://10.0.0.1:9180")
 	}
 	where := endpoint
 	if c.reach.tunnel != "" {
@@ -199,7 +199,7 @@ func inHome(path, home string) string {
 // askOnStdin takes one line of the standard input for the answer, from a terminal
 // or a script, and leaves what follows to the command.
 func askOnStdin(question string) (bool, error) {
-	say(os.Stderr, "%s", question)
+	Say(os.Stderr, "%s", question)
 	line, one := []byte{}, make([]byte, 1)
 	for len(line) < 100 {
 		n, err := os.Stdin.Read(one)
@@ -218,9 +218,9 @@ func askOnStdin(question string) (bool, error) {
 }
 
 func askPassphrase(file string) (string, error) {
-	say(os.Stderr, "Passphrase of %s: ", file)
+	Say(os.Stderr, "Passphrase of %s: ", file)
 	raw, err := term.ReadPassword(int(os.Stdin.Fd()))
-	say(os.Stderr, "\n")
+	Say(os.Stderr, "\n")
 	return string(raw), err
 }
 

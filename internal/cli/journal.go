@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"bufio"
@@ -36,11 +36,11 @@ the others are shown. UNIT may be a pattern: 'web@*' or 'web@{1..3}'.`,
 				if c.fleet {
 					return fleetText("No units given")
 				}
-				return usage(cmd.CommandPath()+" needs a unit", cmd.UseLine())
+				return Usage(cmd.CommandPath()+" needs a unit", cmd.UseLine())
 			}
 			show, ok := journalFormats[format]
 			if !ok {
-				return usage(fmt.Sprintf("--output %q is none of text, short, short-iso, cat and json", format), cmd.CommandPath()+" --help")
+				return Usage(fmt.Sprintf("--output %q is none of text, short, short-iso, cat and json", format), cmd.CommandPath()+" --help")
 			}
 			names, err := journalNames(args)
 			if err != nil {
@@ -140,7 +140,7 @@ func (c *cli) showJournal(cmd *cobra.Command, query url.Values, names []string, 
 		case ctx.Err() != nil: // Ctrl-C is how following ends
 			return nil
 		case err == io.EOF && troubled:
-			return exitCode{errReported, exitFailed}
+			return exitCode{ErrReported, ExitFailed}
 		case err == io.EOF:
 			return nil
 		case err != nil:
@@ -154,7 +154,7 @@ func (c *cli) showJournal(cmd *cobra.Command, query url.Values, names []string, 
 		}
 		if l.Problem != "" {
 			troubled = true
-			say(cmd.ErrOrStderr(), "%s%s\n", c.says(), plain(l.Problem))
+			Say(cmd.ErrOrStderr(), "%s%s\n", c.says(), plain(l.Problem))
 			continue
 		}
 		if err := show(w, l, several); errors.Is(err, os.ErrClosed) {

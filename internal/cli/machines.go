@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -58,7 +58,7 @@ func (c *cli) listMachinesCommand() *cobra.Command {
 func (c *cli) machinesList(use, fields string) *cobra.Command {
 	var l listing
 	cmd := &cobra.Command{
-		Use: use, Short: "List the machines of the cluster", Args: between(0, 0, ""),
+		Use: use, Short: "List the machines of the cluster", Args: Between(0, 0, ""),
 		Example: "  flotilla " + use + " --full --no-legend --fields machine,units,state",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cols, err := columns(c, &l, machineFields)
@@ -75,11 +75,11 @@ func (c *cli) machinesList(use, fields string) *cobra.Command {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), append([]unitapi.Machine{}, answer.Machines...))
+				return SayJSON(cmd.OutOrStdout(), append([]unitapi.Machine{}, answer.Machines...))
 			}
 			tabs(cmd.OutOrStdout(), rows(&l, cols, machineFields, answer.Machines))
 			if f := answer.Failover; f != nil && !f.Allowed && len(f.Held) > 0 {
-				say(cmd.ErrOrStderr(), "flotilla: %s vanished together: their units wait until %s, unless you say: flotilla failover allow\n",
+				Say(cmd.ErrOrStderr(), "flotilla: %s vanished together: their units wait until %s, unless you say: flotilla failover allow\n",
 					count(len(f.Held), "machine"), time.Unix(f.Until, 0).Format(time.TimeOnly))
 			}
 			return nil
@@ -129,7 +129,7 @@ func (c *cli) machinesCommand() *cobra.Command {
 
 func (c *cli) leaveCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "leave", Short: "Stop all units of the machine whose node answers, and take it out of the cluster", Args: between(0, 0, ""),
+		Use: "leave", Short: "Stop all units of the machine whose node answers, and take it out of the cluster", Args: Between(0, 0, ""),
 		Long: `Stop all units of the machine whose node answers, global ones too, and take it out
 of the cluster. The others start elsewhere. The machine comes back when its node is
 started again. To move units away while the others stay, drain it.`,
@@ -137,7 +137,7 @@ started again. To move units away while the others stay, drain it.`,
 			if err := c.dial().Do(cmd.Context(), http.MethodPost, "/v1/leave", nil, nil, nil); err != nil {
 				return err
 			}
-			say(cmd.OutOrStdout(), "the machine has left the cluster; it comes back when its node is started again\n")
+			Say(cmd.OutOrStdout(), "the machine has left the cluster; it comes back when its node is started again\n")
 			return nil
 		},
 	}
@@ -151,7 +151,7 @@ func (c *cli) settingsCommand(use, short string, set unitapi.SettingsChange, don
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: use + " MACHINE", Short: short, Long: short + ".\n\n" + machineHelp,
-		Args: between(1, 1, "one machine"), ValidArgsFunction: c.completeMachines,
+		Args: Between(1, 1, "one machine"), ValidArgsFunction: c.completeMachines,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			all, err := c.machines(cmd.Context())
 			if err != nil {
@@ -171,7 +171,7 @@ func (c *cli) settingsCommand(use, short string, set unitapi.SettingsChange, don
 			}
 			w := cmd.OutOrStdout()
 			if c.output != "json" {
-				say(w, "machine %s %s\n", machineName(m), done)
+				Say(w, "machine %s %s\n", machineName(m), done)
 			}
 			if wait {
 				if err := c.awaitEmpty(cmd, m, timeout); err != nil {
@@ -179,7 +179,7 @@ func (c *cli) settingsCommand(use, short string, set unitapi.SettingsChange, don
 				}
 			}
 			if c.output == "json" {
-				return sayJSON(w, changed)
+				return SayJSON(w, changed)
 			}
 			return nil
 		},
@@ -217,16 +217,16 @@ func (c *cli) awaitEmpty(cmd *cobra.Command, m unitapi.Machine, limit time.Durat
 		m = now
 		if m.Units == 0 {
 			if c.output != "json" {
-				say(cmd.OutOrStdout(), "no unit is placed there any more\n")
+				Say(cmd.OutOrStdout(), "no unit is placed there any more\n")
 			}
 			return nil
 		}
 		if m.Units != left && c.output != "json" {
 			left = m.Units
-			say(cmd.OutOrStdout(), "%s to go\n", count(left, "unit"))
+			Say(cmd.OutOrStdout(), "%s to go\n", count(left, "unit"))
 		}
 		if time.Since(began) > limit {
-			return exitCode{c.stillThere(ctx, m, limit), exitNotConverged}
+			return exitCode{c.stillThere(ctx, m, limit), ExitNotConverged}
 		}
 		select {
 		case <-ctx.Done():
@@ -256,13 +256,13 @@ func (c *cli) stillThere(ctx context.Context, m unitapi.Machine, limit time.Dura
 
 func (c *cli) metadataCommand() *cobra.Command {
 	set := &cobra.Command{
-		Use: "set MACHINE KEY=VALUE...", Short: "Set metadata of a machine", Args: between(2, 1000, "a machine and KEY=VALUE"),
+		Use: "set MACHINE KEY=VALUE...", Short: "Set metadata of a machine", Args: Between(2, 1000, "a machine and KEY=VALUE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change := map[string]*string{}
 			for _, arg := range args[1:] {
 				k, v, ok := strings.Cut(arg, "=")
 				if !ok || v == "" || !metadataKey.MatchString(k) {
-					return usage(fmt.Sprintf("%q is not KEY=VALUE", arg), "such as disk=ssd; keys are of letters, digits, '_', '.' and '-'")
+					return Usage(fmt.Sprintf("%q is not KEY=VALUE", arg), "such as disk=ssd; keys are of letters, digits, '_', '.' and '-'")
 				}
 				change[k] = &v
 			}
@@ -270,12 +270,12 @@ func (c *cli) metadataCommand() *cobra.Command {
 		},
 	}
 	remove := &cobra.Command{
-		Use: "remove MACHINE KEY...", Short: "Remove metadata of a machine, also what its configuration says", Args: between(2, 1000, "a machine and KEY"),
+		Use: "remove MACHINE KEY...", Short: "Remove metadata of a machine, also what its configuration says", Args: Between(2, 1000, "a machine and KEY"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change := map[string]*string{}
 			for _, k := range args[1:] {
 				if !metadataKey.MatchString(k) {
-					return usage(fmt.Sprintf("%q is not a key of metadata", k), "keys are of letters, digits, '_', '.' and '-'")
+					return Usage(fmt.Sprintf("%q is not a key of metadata", k), "keys are of letters, digits, '_', '.' and '-'")
 				}
 				change[k] = new("")
 			}
@@ -306,10 +306,10 @@ func (c *cli) setMetadata(cmd *cobra.Command, text string, change map[string]*st
 		return err
 	}
 	if c.output == "json" {
-		return sayJSON(cmd.OutOrStdout(), changed)
+		return SayJSON(cmd.OutOrStdout(), changed)
 	}
 	m.Metadata = changed.Settings.Merge(m.Metadata)
-	say(cmd.OutOrStdout(), "metadata of machine %s: %s\n", machineName(m), dash(metadataText(m.Metadata)))
+	Say(cmd.OutOrStdout(), "metadata of machine %s: %s\n", machineName(m), dash(metadataText(m.Metadata)))
 	return nil
 }
 

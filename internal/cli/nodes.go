@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -21,7 +21,7 @@ func (c *cli) nodesCommand() *cobra.Command {
 
 func (c *cli) nodesList() *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "List the live nodes and the members of the store", Args: between(0, 0, ""),
+		Use: "list", Short: "List the live nodes and the members of the store", Args: Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			n, err := c.dial().Nodes(cmd.Context())
 			if err != nil {
@@ -29,7 +29,7 @@ func (c *cli) nodesList() *cobra.Command {
 			}
 			w := cmd.OutOrStdout()
 			if c.output == "json" {
-				return sayJSON(w, n)
+				return SayJSON(w, n)
 			}
 			rows := [][]string{{"NODE", "ADDRESS", "STATE", "APPLIED", "UP", "VERSION", ""}}
 			for _, r := range n.Nodes {
@@ -46,10 +46,10 @@ func (c *cli) nodesList() *cobra.Command {
 				rows = append(rows, []string{r.Name, r.Address, state, strconv.FormatInt(r.Applied, 10), ago(r.Started), r.Version, self})
 			}
 			table(w, rows...)
-			say(w, "\n")
+			Say(w, "\n")
 			if !n.Store.Quorum {
-				p := painter{colour: colourOn(w)}
-				say(w, "%s %s\n", p.yellow("the store has no quorum:"), n.Store.Err)
+				p := NewPainter(w)
+				Say(w, "%s %s\n", p.Yellow("the store has no quorum:"), n.Store.Err)
 			}
 			rows = [][]string{{"STORE MEMBER", "ENDPOINT", "ROLE", "SIZE", "LATENCY", "VERSION", ""}}
 			for _, m := range n.Store.Members {
@@ -76,7 +76,7 @@ func role(m client.Member) string {
 
 func (c *cli) nodesDrain(use, short string, draining bool) *cobra.Command {
 	return &cobra.Command{
-		Use: use + " [NAME]", Short: short, Args: between(0, 1, "one node"), ValidArgsFunction: c.completeNodes,
+		Use: use + " [NAME]", Short: short, Args: Between(0, 1, "one node"), ValidArgsFunction: c.completeNodes,
 		Long: short + ".\n\nA node is drained through its own socket. NAME is a guard: if the socket is another node's,\nnothing is done. The node goes on routing what still comes to it.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, node := cmd.Context(), c.dial()
@@ -92,13 +92,13 @@ func (c *cli) nodesDrain(use, short string, draining bool) *cobra.Command {
 				return err
 			}
 			if c.output == "json" {
-				return sayJSON(cmd.OutOrStdout(), map[string]any{"node": st.Name, "draining": draining})
+				return SayJSON(cmd.OutOrStdout(), map[string]any{"node": st.Name, "draining": draining})
 			}
 			state := "takes new traffic again"
 			if draining {
 				state = "is draining: its balancer's check answers 503"
 			}
-			say(cmd.OutOrStdout(), "node %s %s\n", st.Name, state)
+			Say(cmd.OutOrStdout(), "node %s %s\n", st.Name, state)
 			return nil
 		},
 	}

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"fmt"
@@ -47,7 +47,7 @@ func columns[F any](c *cli, l *listing, has map[string]F) ([]string, error) {
 		if c.fleet {
 			return nil, fleetText("Invalid key in output format: %q", col)
 		}
-		return nil, usage(fmt.Sprintf("--fields: there is no column %q", col), "there are "+strings.Join(slices.Sorted(maps.Keys(has)), ", "))
+		return nil, Usage(fmt.Sprintf("--fields: there is no column %q", col), "there are "+strings.Join(slices.Sorted(maps.Keys(has)), ", "))
 	}
 	return cols, nil
 }
@@ -122,7 +122,7 @@ func (c *cli) listUnitsCommand() *cobra.Command {
 				}
 			}
 			if c.output == "json" {
-				return sayJSON(r.io.out, states)
+				return SayJSON(r.io.out, states)
 			}
 			tabs(r.io.out, rows(&l, cols, stateFields, states))
 			return nil
@@ -220,7 +220,7 @@ func (c *cli) listUnitFilesCommand() *cobra.Command {
 				return err
 			}
 			if slices.Contains(cols, "tmachine") {
-				say(r.io.err, "WARNING: The \"tmachine\" field is deprecated. Use \"target\" instead\n")
+				Say(r.io.err, "WARNING: The \"tmachine\" field is deprecated. Use \"target\" instead\n")
 			}
 			list, err := r.listed(cmd, args)
 			if err != nil {

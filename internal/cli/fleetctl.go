@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"context"
@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -52,9 +50,7 @@ func (e closing) Error() string { return e.error.Error() + e.text }
 func (e closing) Unwrap() error { return e.error }
 
 // runFleetctl executes one command line of fleetctl and returns the exit code.
-func runFleetctl(args []string, stdout, stderr io.Writer) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+func runFleetctl(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	cobra.EnablePrefixMatching = true
 	root := newFleetctl(&cli{fleet: true}, os.Environ())
 	root.SetArgs(args)
@@ -62,7 +58,7 @@ func runFleetctl(args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
-		return exitDone
+		return ExitDone
 	}
 	return reportFleet(cmd, stderr, err)
 }
@@ -72,22 +68,22 @@ func reportFleet(cmd *cobra.Command, w io.Writer, err error) int {
 	var bad *usageError
 	var own exitCode
 	switch {
-	case errors.Is(err, errReported):
+	case errors.Is(err, ErrReported):
 		if errors.As(err, &own) {
 			return own.code
 		}
-		return exitFailed
+		return ExitFailed
 	case errors.As(err, &bad):
 		// Old scripts give flags that do not exist, and fleetctl takes that
 		// for a call for help.
-		say(w, "cannot execute cmdFleet: %v\n%s", err, cmd.UsageString())
+		Say(w, "cannot execute cmdFleet: %v\n%s", err, cmd.UsageString())
 		if bad.hint == fleetUnknown {
-			return exitFailed
+			return ExitFailed
 		}
-		return exitDone
+		return ExitDone
 	}
-	code := exitFailed
-	if errors.As(err, &own) && own.code != exitNotConverged {
+	code := ExitFailed
+	if errors.As(err, &own) && own.code != ExitNotConverged {
 		code = own.code
 	}
 	text := err.Error()
@@ -95,7 +91,7 @@ func reportFleet(cmd *cobra.Command, w io.Writer, err error) int {
 	if !errors.As(err, &said) {
 		text = fleetSays{err: err}.Error()
 	}
-	say(w, "%s\n", strings.TrimSuffix(text, "\n"))
+	Say(w, "%s\n", strings.TrimSuffix(text, "\n"))
 	return code
 }
 
@@ -120,19 +116,19 @@ func newFleetctl(c *cli, environ []string) *cobra.Command {
 Version: %s
 
 Global options can also be given in the environment: --some-flag as FLEETCTL_SOME_FLAG.
-Commands may be shortened, as long as it is clear which is meant.`, version),
+Commands may be shortened, as long as it is clear which is meant.`, Version),
 		SilenceErrors: true, SilenceUsage: true,
-		Version: version,
+		Version: Version,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usage(fmt.Sprintf("unknown command %q for \"fleetctl\"", args[0]), fleetUnknown)
+				return Usage(fmt.Sprintf("unknown command %q for \"fleetctl\"", args[0]), fleetUnknown)
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetVersionTemplate("fleetctl version {{.Version}}\n")
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(err.Error(), cmd.CommandPath()+" --help") })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return Usage(err.Error(), cmd.CommandPath()+" --help") })
 	root.CompletionOptions.DisableDefaultCmd = true
 	fl := root.PersistentFlags()
 	c.fleetEndpointFlags(fl)
@@ -161,7 +157,7 @@ Commands may be shortened, as long as it is clear which is meant.`, version),
 		c.journalCommand(), c.unitStatusCommand(), c.sshCommand(), fdForwardCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version and exit",
-			Run: func(cmd *cobra.Command, _ []string) { say(cmd.OutOrStdout(), "fleetctl version %s\n", version) },
+			Run: func(cmd *cobra.Command, _ []string) { Say(cmd.OutOrStdout(), "fleetctl version %s\n", Version) },
 		})
 	return root
 }
@@ -179,7 +175,7 @@ func fromEnvironment(fl *pflag.FlagSet, prefix string, environ []string) error {
 		name := prefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 		if value := vars[name]; value != "" && !f.Changed && wrong == nil {
 			if err := fl.Set(f.Name, value); err != nil {
-				wrong = usage(fmt.Sprintf("%s=%q: %v", name, value, err), "fleetctl --help")
+				wrong = Usage(fmt.Sprintf("%s=%q: %v", name, value, err), "fleetctl --help")
 			}
 		}
 	})

@@ -1,0 +1,281 @@
+// Package cli is the command line of flotilla and of fleetctl: what people type and
+// what they read. It knows a node's API, ssh, and the clusters of this machine, and
+// is what formats for people. It must not know the daemons, nor import anything
+// that takes long to initialise: its commands run before the rest of the program is
+// there (early.go).
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"flotilla/internal/client"
+	"flotilla/internal/nspawn"
+	"flotilla/internal/remote"
+)
+
+// Version is set by the linker.
+var Version = "dev"
+
+// Exit codes.
+const (
+	ExitDone         = 0
+	ExitFailed       = 1
+	ExitUsage        = 2
+	ExitNotConverged = 3
+)
+
+// Daemons is what a program that runs nodes adds to this package's commands. All
+// fields are required.
+type Daemons struct {
+	Commands func() []*cobra.Command // new ones for each call
+	// HasSetting reports whether nodes have a setting of that name.
+	HasSetting func(name string) bool
+	// NodeFiles returns what makes a Debian machine a node: the program, which is read
+	// from path, its units, and a configuration of these names and values, of which
+	// the last one of a name counts.
+	NodeFiles func(path string, settings [][2]string) ([]nspawn.File, error)
+}
+
+// Run executes one command line, whose first word is the name of the program, and
+// returns the exit code. A program of the name fleetctl takes fleetctl's. d is nil
+// where the program is not complete yet; commands of or about nodes are missing
+// then.
+func Run(line []string, stdout, stderr io.Writer, d *Daemons) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if filepath.Base(line[0]) == "fleetctl" {
+		return runFleetctl(ctx, line[1:], stdout, stderr)
+	}
+	root := newRoot(d)
+	root.SetArgs(line[1:])
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	if err := root.ExecuteContext(ctx); err != nil {
+		return report(stderr, err)
+	}
+	return ExitDone
+}
+
+// cli is what the commands share.
+type cli struct {
+	socket  string
+	cluster string // on this machine, whose nodes are asked; see clusterSocket
+	output  string // text or json
+
+	daemons *Daemons // nil: there are none
+	fleet   bool     // it speaks as fleetctl does
+	reach   fleetReach
+	connect func() *client.Client // nil: to socket
+}
+
+func newRoot(d *Daemons) *cobra.Command {
+	c := &cli{daemons: d}
+	root := &cobra.Command{
+		Use:   "flotilla",
+		Short: "Route, resolve and run services on a cluster of Linux machines",
+		Long: `Flotilla routes services by host, path or port on every node of a cluster and
+answers their names in DNS. What is wanted is written to etcd; each node follows.`,
+		SilenceErrors: true, SilenceUsage: true,
+		Version: Version,
+		Args:    noCommand,
+
+		SuggestionsMinimumDistance: 2,
+
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetVersionTemplate("flotilla {{.Version}}\n")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return Usage(err.Error(), cmd.CommandPath()+" --help")
+	})
+	section(root, "Services", c.servicesCommand())
+	section(root, "Units", c.submitCommand(), c.loadCommand(), c.startCommand(), c.stopCommand(), c.restartCommand(), c.unloadCommand(), c.destroyCommand(),
+		c.catCommand(), c.verifyCommand(), c.listUnitsCommand(), c.listUnitFilesCommand(), c.explainCommand(), c.moveCommand(), c.journalCommand())
+	section(root, "Machines", c.machinesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand(), c.sshCommand())
+	section(root, "Cluster", c.nodesCommand())
+	section(root, "Node", c.statusCommand())
+	if d != nil {
+		section(root, "Cluster", c.clusterCommand())
+		section(root, "Node", d.Commands()...)
+	}
+	root.AddCommand(versionCommand(), fdForwardCommand())
+	return root
+}
+
+// section adds commands to root below a title of the help text.
+func section(root *cobra.Command, title string, commands ...*cobra.Command) {
+	if !root.ContainsGroup(title) {
+		root.AddGroup(&cobra.Group{ID: title, Title: title + ":"})
+	}
+	for _, cmd := range commands {
+		cmd.GroupID = title
+	}
+	root.AddCommand(commands...)
+}
+
+// clientFlags are those of every command that asks a node.
+func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
+	socket := client.DefaultSocket()
+	if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
+		socket = s
+	}
+	cmd.PersistentFlags().StringVar(&c.socket, "socket", socket, "unix socket of the node's API (also FLOTILLA_SOCKET)")
+	cmd.PersistentFlags().StringVar(&c.cluster, "cluster", os.Getenv("FLOTILLA_CLUSTER"), "cluster on this machine whose nodes are asked (also FLOTILLA_CLUSTER; see flotilla cluster)")
+	cmd.PersistentFlags().StringVarP(&c.output, "output", "o", "text", "text or json")
+	c.reachFlags(cmd.PersistentFlags())
+	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if far, err := c.reachNode(cmd); err != nil {
+			return err
+		} else if !far {
+			if err := c.clusterSocket(cmd); err != nil {
+				return err
+			}
+		}
+		return c.checkOutput(cmd)
+	}
+	return cmd
+}
+
+func (c *cli) checkOutput(cmd *cobra.Command) error {
+	if c.output != "text" && c.output != "json" {
+		return Usage(fmt.Sprintf("--output %q is neither text nor json", c.output), cmd.CommandPath()+" --help")
+	}
+	return nil
+}
+
+func (c *cli) dial() *client.Client {
+	if c.connect != nil {
+		return c.connect()
+	}
+	return client.Dial(c.socket)
+}
+
+// usageError is a command line that makes no sense.
+type usageError struct{ text, hint string }
+
+func (e *usageError) Error() string { return e.text }
+
+// Usage returns the error of a command line that makes no sense; hint is a command
+// that says more.
+func Usage(text, hint string) error { return &usageError{text, hint} }
+
+// hinted is an error with commands that help.
+type hinted struct {
+	error
+	hints []string
+}
+
+func (e hinted) Unwrap() error { return e.error }
+
+// exitCode is an error that ends the program with a code of its own.
+type exitCode struct {
+	error
+	code int
+}
+
+func (e exitCode) Unwrap() error { return e.error }
+
+// Exit returns err as one that ends the program with that code.
+func Exit(err error, code int) error { return exitCode{err, code} }
+
+// ErrReported is a failure whose text is on the screen already.
+var ErrReported = errors.New("reported")
+
+// report prints err and returns the exit code that it means.
+func report(w io.Writer, err error) int {
+	code := ExitFailed
+	var hints []string
+	var bad *usageError
+	var answer *client.Error
+	var help hinted
+	var own exitCode
+	if errors.As(err, &own) {
+		code = own.code
+	}
+	if errors.Is(err, ErrReported) {
+		return code
+	}
+	var known *remote.Error
+	switch {
+	case errors.As(err, &bad):
+		code, hints = ExitUsage, []string{bad.hint}
+	case errors.As(err, &answer):
+		hints = []string{answer.Hint}
+		if answer.Code == client.CodeNotConverged {
+			code = ExitNotConverged
+		}
+	case errors.As(err, &help):
+		hints = help.hints
+	case errors.As(err, &known):
+		hints = []string{known.Hint()}
+	}
+	p := NewPainter(w)
+	Say(w, "flotilla: %s %s\n", p.Red("error:"), strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\nflotilla: error: "))
+	for i, h := range hints {
+		if h != "" && i < 2 {
+			Say(w, "flotilla: hint: %s\n", h)
+		}
+	}
+	return code
+}
+
+// noCommand is the Args of a command that only has subcommands.
+func noCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := cmd.CommandPath() + " --help"
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		hint = "did you mean: " + cmd.CommandPath() + " " + near[0]
+	}
+	return Usage(fmt.Sprintf("there is no command %q", cmd.CommandPath()+" "+args[0]), hint)
+}
+
+// group is a command that only has subcommands.
+func group(use, short string, sub ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short, Args: noCommand, SuggestionsMinimumDistance: 2}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		var names []string
+		for _, s := range cmd.Commands() {
+			if s.IsAvailableCommand() {
+				names = append(names, s.Name())
+			}
+		}
+		return Usage(cmd.CommandPath()+" needs a command: "+strings.Join(names, ", "), cmd.CommandPath()+" --help")
+	}
+	cmd.AddCommand(sub...)
+	return cmd
+}
+
+// Between demands least to most arguments, called what.
+func Between(least, most int, what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) < least && what == "":
+			return Usage(cmd.CommandPath()+" takes no argument", cmd.CommandPath()+" --help")
+		case len(args) < least:
+			return Usage(cmd.CommandPath()+" needs "+what, cmd.UseLine())
+		case len(args) > most && most == 0:
+			return Usage(fmt.Sprintf("%s takes no argument, and %q is one", cmd.CommandPath(), args[0]), cmd.UseLine())
+		case len(args) > most:
+			return Usage(fmt.Sprintf("%s takes %s, and %q is too much", cmd.CommandPath(), what, args[most]), cmd.UseLine())
+		}
+		return nil
+	}
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version of this program", Args: Between(0, 0, ""),
+		Run: func(cmd *cobra.Command, _ []string) { Say(cmd.OutOrStdout(), "flotilla %s\n", Version) },
+	}
+}

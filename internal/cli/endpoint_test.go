@@ -1,0 +1,20 @@
+package cli
+
+import (
+	"testing"
+)
+
+func TestSeconds(t *testing.T) {
+	for in, want := range map[string]float64{"10": 10, "2.5": 2.5, "1m": 60, "500ms": 0.5} {
+		var s seconds
+		if err := s.Set(in); err != nil || float64(s) != want {
+			t.Errorf("%q: %v, %v, want %v", in, s, err, want)
+		}
+	}
+	for _, in := range []string{"", "0", "-1", "x", "NaN", "1e9"} {
+		var s seconds
+		if err := s.Set(in); err == nil {
+			t.Errorf("%q is taken as %v", in, s)
+		}
+	}
+}

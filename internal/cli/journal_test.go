@@ -1,0 +1,12 @@
+package cli
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestPlain(t *testing.T) {
+	if got := plain("a\x1b[2J\tb\nc\u009b\x00"); strings.ContainsAny(got, "\x1b\x00\u009b") || !strings.Contains(got, "\tb\nc") {
+		t.Errorf("%q", got)
+	}
+}
