@@ -17,6 +17,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"flotilla/internal/client"
 	"flotilla/internal/nspawn"
@@ -47,30 +48,39 @@ type Daemons struct {
 }
 
 // Run executes one command line, whose first word is the name of the program, and
-// returns the exit code. A program of the name fleetctl takes fleetctl's. d is nil
-// where the program is not complete yet; commands of or about nodes are missing
-// then.
+// returns the exit code. A program of the name fleetctl takes fleetctl's. d may be
+// nil: commands of or about nodes are missing then.
 func Run(line []string, stdout, stderr io.Writer, d *Daemons) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	if filepath.Base(line[0]) == "fleetctl" {
-		return runFleetctl(ctx, line[1:], stdout, stderr)
+		return runFleetctl(line[1:], stdout, stderr)
 	}
-	root := newRoot(d)
-	root.SetArgs(line[1:])
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	if err := root.ExecuteContext(ctx); err != nil {
+	return run(newRoot(d), line[1:], stdout, stderr)
+}
+
+func run(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
+	if _, err := execute(root, args, stdout, stderr); err != nil {
 		return report(stderr, err)
 	}
 	return ExitDone
 }
 
+// execute executes a command line until a signal ends it, and returns the command
+// that it was.
+func execute(root *cobra.Command, args []string, stdout, stderr io.Writer) (*cobra.Command, error) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	return root.ExecuteContextC(ctx)
+}
+
 // cli is what the commands share.
 type cli struct {
 	socket  string
-	cluster string // on this machine, whose nodes are asked; see clusterSocket
-	output  string // text or json
+	cluster string         // on this machine, whose nodes are asked; see clusterSocket
+	output  string         // text or json
+	shared  *pflag.FlagSet // see clientFlags
 
 	daemons *Daemons // nil: there are none
 	fleet   bool     // it speaks as fleetctl does
@@ -122,16 +132,22 @@ func section(root *cobra.Command, title string, commands ...*cobra.Command) {
 	root.AddCommand(commands...)
 }
 
-// clientFlags are those of every command that asks a node.
+// clientFlags gives cmd the flags of every command that asks a node. All commands
+// share them: only one is executed, and flags of its own for each would be most of
+// what there is to build.
 func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
-	socket := client.DefaultSocket()
-	if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
-		socket = s
+	if c.shared == nil {
+		socket := client.DefaultSocket()
+		if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
+			socket = s
+		}
+		c.shared = pflag.NewFlagSet("", pflag.ContinueOnError)
+		c.shared.StringVar(&c.socket, "socket", socket, "unix socket of the node's API (also FLOTILLA_SOCKET)")
+		c.shared.StringVar(&c.cluster, "cluster", os.Getenv("FLOTILLA_CLUSTER"), "cluster on this machine whose nodes are asked (also FLOTILLA_CLUSTER; see flotilla cluster)")
+		c.shared.StringVarP(&c.output, "output", "o", "text", "text or json")
+		c.reachFlags(c.shared)
 	}
-	cmd.PersistentFlags().StringVar(&c.socket, "socket", socket, "unix socket of the node's API (also FLOTILLA_SOCKET)")
-	cmd.PersistentFlags().StringVar(&c.cluster, "cluster", os.Getenv("FLOTILLA_CLUSTER"), "cluster on this machine whose nodes are asked (also FLOTILLA_CLUSTER; see flotilla cluster)")
-	cmd.PersistentFlags().StringVarP(&c.output, "output", "o", "text", "text or json")
-	c.reachFlags(cmd.PersistentFlags())
+	cmd.PersistentFlags().AddFlagSet(c.shared)
 	cmd.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if far, err := c.reachNode(cmd); err != nil {
 			return err

@@ -84,7 +84,10 @@ func statesOf(ctx context.Context, l local) ([]nodeState, error) {
 	})
 }
 
-func socketOf(m nspawn.Machine) string { return filepath.Join(m.Run, "node.sock") }
+// nodeSocket is the name of the API's socket in a machine's Run.
+const nodeSocket = "node.sock"
+
+func socketOf(m nspawn.Machine) string { return filepath.Join(m.Run, nodeSocket) }
 
 // missing returns what the node at the socket lacks to be part of a cluster of
 // these nodes; empty if nothing.

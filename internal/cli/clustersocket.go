@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -23,11 +24,11 @@ func (c *cli) clusterSocket(cmd *cobra.Command) error {
 	}
 	host := nspawn.Default(slog.New(slog.DiscardHandler))
 	if c.cluster != "" {
-		cl, err := host.Cluster(c.cluster)
-		if err != nil {
+		if _, err := host.Cluster(c.cluster); err != nil {
 			return Usage(err.Error(), "flotilla cluster list")
 		}
-		if c.socket, err = liveSocket(cmd, cl); err != nil {
+		var err error
+		if c.socket, err = liveSocket(host, c.cluster); err != nil {
 			return err
 		}
 		if c.socket == "" {
@@ -44,11 +45,10 @@ func (c *cli) clusterSocket(cmd *cobra.Command) error {
 	}
 	running, socket := []string{}, ""
 	for _, name := range names {
-		cl, err := host.Cluster(name)
-		if err != nil {
+		if _, err := host.Cluster(name); err != nil {
 			continue // not one of ours
 		}
-		if s, err := liveSocket(cmd, cl); err == nil && s != "" {
+		if s, err := liveSocket(host, name); err == nil && s != "" {
 			running, socket = append(running, name), s
 		}
 	}
@@ -64,20 +64,21 @@ func (c *cli) clusterSocket(cmd *cobra.Command) error {
 	return nil
 }
 
-// liveSocket returns the socket of the first node that takes a connection; empty
-// if none does.
-func liveSocket(cmd *cobra.Command, cl *nspawn.Cluster) (string, error) {
-	machines, err := cl.List(cmd.Context())
-	if err != nil {
+// liveSocket returns the socket of the first node of a cluster that takes a
+// connection; empty if none does. It asks nothing else about the machines, which
+// would take longer than most requests.
+func liveSocket(host *nspawn.Host, cluster string) (string, error) {
+	dir := filepath.Join(host.Run, cluster)
+	machines, err := os.ReadDir(dir)
+	if err != nil && !isMissing(err) {
 		return "", err
 	}
 	for _, m := range machines {
-		conn, err := net.Dial("unix", socketOf(m))
-		if err != nil {
-			continue
+		socket := filepath.Join(dir, m.Name(), nodeSocket)
+		if conn, err := net.Dial("unix", socket); err == nil {
+			_ = conn.Close() // nothing was said
+			return socket, nil
 		}
-		_ = conn.Close() // nothing was said
-		return socketOf(m), nil
 	}
 	return "", nil
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 )
@@ -13,28 +14,31 @@ import (
 // that need nothing but this package, and what is left of the program is never
 // initialised. docs/decisions/0016-early-commands.md has the figures.
 func init() {
-	if !early(os.Args) {
+	run := early(os.Args)
+	if run == nil {
 		return
 	}
 	// A goroutine of its own, because the one that initialises keeps to its thread.
 	code := make(chan int)
-	go func() { code <- Run(os.Args, os.Stdout, os.Stderr, nil) }()
+	go func() { code <- run(os.Stdout, os.Stderr) }()
 	os.Exit(<-code)
 }
 
-// early reports whether a command line can be executed before the rest of the
-// program is there. If not, and in programs of any other name, such as tests, main
-// gets it.
-func early(line []string) bool {
+// early returns what executes a command line if that is possible before the rest of
+// the program is there. Otherwise, and in programs of any other name, such as tests,
+// it returns nil, and main gets the command line.
+func early(line []string) func(stdout, stderr io.Writer) int {
 	if len(line) == 0 {
-		return false
+		return nil
 	}
 	switch filepath.Base(line[0]) {
-	case "fleetctl":
-		return true // all of it
+	case "fleetctl": // all of it
+		return func(stdout, stderr io.Writer) int { return runFleetctl(line[1:], stdout, stderr) }
 	case "flotilla":
-		cmd, _, err := newRoot(nil).Find(line[1:])
-		return err == nil && cmd.HasParent()
+		root := newRoot(nil)
+		if cmd, _, err := root.Find(line[1:]); err == nil && cmd.HasParent() {
+			return func(stdout, stderr io.Writer) int { return run(root, line[1:], stdout, stderr) }
+		}
 	}
-	return false
+	return nil
 }

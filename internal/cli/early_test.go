@@ -32,7 +32,7 @@ func TestEarly(t *testing.T) {
 		{"cli.test list-units", false},
 		{"", false},
 	} {
-		if got := early(strings.Fields(tc.line)); got != tc.want {
+		if got := early(strings.Fields(tc.line)) != nil; got != tc.want {
 			t.Errorf("%q: %t, want %t", tc.line, got, tc.want)
 		}
 	}

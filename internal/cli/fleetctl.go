@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -50,17 +49,13 @@ func (e closing) Error() string { return e.error.Error() + e.text }
 func (e closing) Unwrap() error { return e.error }
 
 // runFleetctl executes one command line of fleetctl and returns the exit code.
-func runFleetctl(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func runFleetctl(args []string, stdout, stderr io.Writer) int {
 	cobra.EnablePrefixMatching = true
-	root := newFleetctl(&cli{fleet: true}, os.Environ())
-	root.SetArgs(args)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	cmd, err := root.ExecuteContextC(ctx)
-	if err == nil {
-		return ExitDone
+	cmd, err := execute(newFleetctl(&cli{fleet: true}, os.Environ()), args, stdout, stderr)
+	if err != nil {
+		return reportFleet(cmd, stderr, err)
 	}
-	return reportFleet(cmd, stderr, err)
+	return ExitDone
 }
 
 // reportFleet prints err as fleetctl does and returns the exit code.

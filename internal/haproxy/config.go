@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"text/template"
 )
 
@@ -168,21 +169,26 @@ type Backend struct {
 //go:embed haproxy.cfg.tmpl
 var configText string
 
-var configTemplate = template.Must(template.New("haproxy.cfg").Parse(configText))
+// Not at once: every command of the program would wait for it.
+var configTemplate = sync.OnceValue(func() *template.Template {
+	return template.Must(template.New("haproxy.cfg").Parse(configText))
+})
 
 // plainWord is what may stand in the file without quotes and escapes.
-var plainWord = regexp.MustCompile(`^[A-Za-z0-9_./@:+=-]*$`)
+var plainWord = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^[A-Za-z0-9_./@:+=-]*$`)
+})
 
 // Render returns the configuration file up to its backends, which AppendBackend
 // adds one by one.
 func (c Config) Render() ([]byte, error) {
 	for _, word := range append(strings.Fields(c.AccessLog), c.Node, c.Dir, c.OpsSocket, c.User, c.Group) {
-		if !plainWord.MatchString(word) {
+		if !plainWord().MatchString(word) {
 			return nil, fmt.Errorf("HAProxy configuration: %q has characters other than letters, digits and _./@:+=-", word)
 		}
 	}
 	var b bytes.Buffer
-	if err := configTemplate.Execute(&b, c); err != nil {
+	if err := configTemplate().Execute(&b, c); err != nil {
 		return nil, fmt.Errorf("render HAProxy configuration: %w", err)
 	}
 	return b.Bytes(), nil

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"regexp"
 	"strconv"
+	"sync"
 )
 
 // Version is HAProxy's, as far as behaviour depends on it.
@@ -14,11 +15,13 @@ type Version struct {
 	Full         string // such as "2.6.12-1+deb12u4"
 }
 
-var versionPattern = regexp.MustCompile(`(\d+)\.(\d+)[-.\w+~]*`)
+var versionPattern = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(\d+)\.(\d+)[-.\w+~]*`)
+})
 
 // ParseVersion finds the version in text such as "HAProxy version 2.6.12-1 ...".
 func ParseVersion(text string) (Version, error) {
-	m := versionPattern.FindStringSubmatch(text)
+	m := versionPattern().FindStringSubmatch(text)
 	if m == nil {
 		return Version{}, fmt.Errorf("no HAProxy version in %.80q", text)
 	}

@@ -4,6 +4,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // indexFormat is what apt is asked to print for each of its package lists, one
@@ -50,14 +51,16 @@ func sourceLines(release, targets string) []string {
 }
 
 // The settings of the host's apt that say how servers are reached and believed.
-var carried = regexp.MustCompile(`(?i)^Acquire::((http|https|ftp|tor)::|Check-Valid-Until |Check-Date |Max-ValidTime |ForceIPv|Retries |Queue-Mode |proxy)`)
+var carried = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?i)^Acquire::((http|https|ftp|tor)::|Check-Valid-Until |Check-Date |Max-ValidTime |ForceIPv|Retries |Queue-Mode |proxy)`)
+})
 
 // aptOptions returns the arguments that give mmdebstrap those settings of the
 // host, given the output of apt-config dump.
 func aptOptions(config string) []string {
 	var args []string
 	for line := range strings.Lines(config) {
-		if line = strings.TrimSpace(line); carried.MatchString(line) && !strings.HasSuffix(line, `"";`) {
+		if line = strings.TrimSpace(line); carried().MatchString(line) && !strings.HasSuffix(line, `"";`) {
 			args = append(args, "--aptopt="+line)
 		}
 	}

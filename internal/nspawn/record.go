@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -55,12 +56,14 @@ type network struct {
 	Labels map[string]string `json:"labels,omitempty"`
 }
 
-var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,28}[a-z0-9])?$`)
+var nameForm = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,28}[a-z0-9])?$`)
+})
 
 // checkName accepts what can be a host name, a directory and part of the name
 // of a network interface.
 func checkName(what, name string) error {
-	if !nameForm.MatchString(name) {
+	if !nameForm().MatchString(name) {
 		return fmt.Errorf("%q is not a name for a %s: use 1 to 30 lower-case letters, digits and '-', with no '-' at either end", name, what)
 	}
 	return nil
@@ -156,12 +159,14 @@ func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, n
 	return m, n, m.write()
 }
 
-var number = regexp.MustCompile(`[1-9][0-9]{0,2}$`)
+var number = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`[1-9][0-9]{0,2}$`)
+})
 
 // freeIndex returns the last byte of a new machine's address, 0 if none is left.
 // If it can, n3 gets 13: addresses are easier to read that way.
 func freeIndex(name string, taken map[int]bool) int {
-	n, _ := strconv.Atoi(number.FindString(name))
+	n, _ := strconv.Atoi(number().FindString(name))
 	if n += firstIndex - 1; n >= firstIndex && n <= lastIndex && !taken[n] {
 		return n
 	}

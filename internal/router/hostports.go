@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -276,7 +277,9 @@ func (p *hostPorts) nft(ctx context.Context, script string, argv ...string) (str
 	return string(out), nil
 }
 
-var nftSet = regexp.MustCompile(`set (\w+) \{\s*type inet_service\s*(?:elements = \{([^}]*)\})?`)
+var nftSet = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`set (\w+) \{\s*type inet_service\s*(?:elements = \{([^}]*)\})?`)
+})
 
 // intact reports whether the kernel redirects what it shall.
 func (p *hostPorts) intact(ctx context.Context) bool {
@@ -285,7 +288,7 @@ func (p *hostPorts) intact(ctx context.Context) bool {
 		return false
 	}
 	found := map[string]bool{}
-	for _, m := range nftSet.FindAllStringSubmatch(text, -1) {
+	for _, m := range nftSet().FindAllStringSubmatch(text, -1) {
 		for port := range strings.FieldsFuncSeq(m[2], func(c rune) bool { return c < '0' || c > '9' }) {
 			found[m[1]+" "+port] = true
 		}

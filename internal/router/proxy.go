@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"flotilla/internal/catalog"
@@ -68,10 +69,12 @@ func (r *Router) attach(ctx context.Context, snapshot *catalog.Snapshot) error {
 	return nil
 }
 
-var generationPattern = regexp.MustCompile(`value=<(-?\d+)>`)
+var generationPattern = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`value=<(-?\d+)>`)
+})
 
 func parseGeneration(text string) (int64, error) {
-	m := generationPattern.FindStringSubmatch(text)
+	m := generationPattern().FindStringSubmatch(text)
 	if m == nil {
 		return 0, fmt.Errorf("the HAProxy on our socket does not run flotilla's configuration (proc.gen: %.80q)", text)
 	}
@@ -244,11 +247,13 @@ func byName(servers []haproxy.Server) map[string]haproxy.Server {
 	return m
 }
 
-var mapValuePattern = regexp.MustCompile(`found=yes.* value="([^"]*)"`)
+var mapValuePattern = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`found=yes.* value="([^"]*)"`)
+})
 
 // parseMapValue reads the answer to "get map"; "" is no such entry.
 func parseMapValue(text string) string {
-	if m := mapValuePattern.FindStringSubmatch(text); m != nil {
+	if m := mapValuePattern().FindStringSubmatch(text); m != nil {
 		return m[1]
 	}
 	return ""
