@@ -107,7 +107,9 @@ func (c *Cluster) bootCommand(m machine) (name string, args, env []string) {
 		"systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--network-namespace-path="+filepath.Join(namespaces, c.namespace(m.Name)),
 		"--machine="+c.name+"."+m.Name, "--hostname="+m.Name, "--directory="+root, "--console=read-only",
 		"--capability=CAP_NET_ADMIN", "--link-journal=no", "--resolv-conf=off", "--timezone=off",
-		"--bind="+c.runDir(m.Name)+":/run/flotilla", "--bind-ro="+c.hosts()+":/etc/hosts")
+		"--bind="+c.runDir(m.Name)+":/run/flotilla", "--bind-ro="+c.hosts()+":/etc/hosts",
+		// As on a real machine: in memory, and gone when it is switched off.
+		"--tmpfs=/run/flotilla/agent:mode=0755", "--tmpfs=/run/flotilla/units:mode=0755")
 	if _, unified := cgroupMounts(); unified {
 		env = []string{"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"}
 	} else {
