@@ -29,6 +29,7 @@ type Systemd interface {
 	Changed() <-chan struct{}
 	Take() systemd.Change
 	Units(ctx context.Context, names ...string) (map[string]systemd.Status, error)
+	Kept(ctx context.Context, names ...string) (map[string]bool, error)
 	Detail(ctx context.Context, name string) (systemd.Detail, error)
 	Link(ctx context.Context, paths ...string) error
 	Enable(ctx context.Context, names ...string) error

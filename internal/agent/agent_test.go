@@ -317,7 +317,10 @@ func TestSlowUnitHoldsUpNobody(t *testing.T) {
 func TestForeignUnitIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	r.fake.links["ssh.service"], r.fake.files["ssh.service"] = "/lib/systemd/system/ssh.service", service("run")
+	if err := errors.Join(os.MkdirAll(r.fake.dropIns, 0o755), os.Symlink("/lib/systemd/system/ssh.service", filepath.Join(r.fake.dropIns, "ssh.service"))); err != nil {
+		t.Fatal(err)
+	}
+	r.fake.files["ssh.service"] = service("run")
 	r.fake.runs["ssh.service"] = &fakeRun{active: "active", sub: "running", text: service("run")}
 	r.begin()
 	r.place("ssh.service", service("other"), registry.Launched)

@@ -29,7 +29,8 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 	unloaded := a.unload(cctx, names(by[Unload]))
 	loaded := a.load(cctx, now, names(by[Load]))
 	if a.reload || len(unloaded)+len(loaded) > 0 {
-		if err := a.reread(cctx, unloaded, loaded); err != nil {
+		found, err := a.reread(cctx, unloaded, loaded)
+		if err != nil {
 			a.putOff(ctx, err)
 			return
 		}
@@ -39,7 +40,13 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 		for _, name := range loaded {
 			a.units[name].rec.Whole = true
 			a.note(name)
-			a.look[name] = true
+		}
+		for _, name := range slices.Concat(unloaded, loaded) {
+			if u := a.units[name]; found[name].Load == "loaded" || !u.on && found[name].Load == "not-found" {
+				u.status, u.detail = found[name], systemd.Detail{}
+			} else {
+				a.look[name] = true
+			}
 		}
 		if err := a.observe(cctx); err != nil {
 			a.putOff(ctx, err)
@@ -56,13 +63,14 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 // reread makes systemd know the files as they are now. It reads those of a unit
 // that it does not know when it is asked about it, and forgets a unit that is
 // stopped and not needed: only for others it has to read all files again, which
-// takes longer than all the rest.
-func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) error {
+// takes longer than all the rest. It returns the status of those that it asked
+// for since their files were read.
+func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) (found map[string]systemd.Status, err error) {
 	if !a.reload {
-		found, err := a.cfg.Systemd.Units(ctx, slices.Concat(unloaded, loaded)...)
+		found, err = a.cfg.Systemd.Units(ctx, slices.Concat(unloaded, loaded)...)
 		if err != nil {
 			a.reload = true
-			return err
+			return nil, err
 		}
 		known := func(name string) bool { return found[name].Load != "not-found" }
 		unknown := func(name string) bool { return !known(name) }
@@ -71,13 +79,13 @@ func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) error {
 	if a.reload {
 		began := time.Now()
 		if err := a.cfg.Systemd.Reload(ctx); err != nil {
-			return err
+			return nil, err
 		}
-		a.reload = false
+		a.reload, found = false, nil
 		took := time.Since(began)
 		a.reloadAfter = time.Now().Add(min(4*took, longestRest))
 	}
-	return nil
+	return found, nil
 }
 
 // needsReload reports whether what systemd knows of a unit that is to be loaded,
@@ -181,9 +189,14 @@ func (a *Agent) unload(ctx context.Context, names []string) []string {
 		a.units[name].rec.Whole = false
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !a.note(name) })
-	names = a.failed(names, itself, a.cfg.Systemd.Disable(ctx, names...))
+	// Where nothing else was linked systemd need not look through all its folders.
+	installed := slices.DeleteFunc(slices.Clone(names), a.disk.isPlain)
+	enabled := a.failed(slices.Clone(installed), itself, a.cfg.Systemd.Disable(ctx, installed...))
 	return slices.DeleteFunc(names, func(name string) bool {
-		err := errors.Join(a.cfg.Systemd.ResetFailed(ctx, name), a.disk.remove(name))
+		if slices.Contains(installed, name) && !slices.Contains(enabled, name) {
+			return true
+		}
+		err := errors.Join(a.disk.unlink(name), a.cfg.Systemd.ResetFailed(ctx, name), a.disk.remove(name))
 		if err != nil {
 			a.fail(name, err)
 		}
@@ -198,7 +211,6 @@ func (a *Agent) forget(name string) {
 		return
 	}
 	u.on, u.rec, u.broken = false, record{}, ""
-	a.look[name] = true
 	a.succeed(name)
 }
 

@@ -123,6 +123,26 @@ func (d disk) write(name, text, dropIn string) error {
 	return replace(d.dropInDir(name), dropInName, dropIn)
 }
 
+// isPlain reports whether the file of a unit says of no other unit that it is
+// installed in it: then its own link is all that systemd made for it.
+func (d disk) isPlain(name string) bool {
+	text, err := os.ReadFile(d.unit(name))
+	return err == nil && !strings.Contains(string(text), "[Install]")
+}
+
+// unlink removes the link that systemd made to the file of a unit.
+func (d disk) unlink(name string) error {
+	link := filepath.Join(d.dropIns, name)
+	to, err := os.Readlink(link)
+	if !filepath.IsAbs(to) {
+		to = filepath.Join(d.dropIns, to)
+	}
+	if err != nil || to != d.unit(name) {
+		return nil
+	}
+	return remove(link)
+}
+
 // remove removes the files of a unit.
 func (d disk) remove(name string) error {
 	return errors.Join(remove(d.unit(name)), d.removeDropIn(name))

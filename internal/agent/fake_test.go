@@ -25,7 +25,6 @@ type fakeSystemd struct {
 	units, dropIns, gate string
 
 	mu      sync.Mutex // guards what follows
-	links   map[string]string
 	enabled map[string]bool
 	files   map[string]string // with drop-in, as they were read last
 	runs    map[string]*fakeRun
@@ -55,7 +54,7 @@ type fakeRun struct {
 func newFake(units, dropIns, gate string) *fakeSystemd {
 	return &fakeSystemd{
 		units: units, dropIns: dropIns, gate: gate,
-		links: map[string]string{}, enabled: map[string]bool{}, files: map[string]string{}, runs: map[string]*fakeRun{},
+		enabled: map[string]bool{}, files: map[string]string{}, runs: map[string]*fakeRun{},
 		let: map[string]chan struct{}{}, names: map[string]bool{}, wake: make(chan struct{}, 1),
 	}
 }
@@ -119,13 +118,27 @@ func (f *fakeSystemd) Units(_ context.Context, names ...string) (map[string]syst
 	return found, after
 }
 
+func (f *fakeSystemd) Kept(_ context.Context, names ...string) (map[string]bool, error) {
+	after, err := f.enter("kept")
+	defer f.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	kept := map[string]bool{}
+	for _, name := range names {
+		r := f.runs[name]
+		kept[name] = r != nil && (r.active != "inactive" || r.queued != "")
+	}
+	return kept, after
+}
+
 func (f *fakeSystemd) Detail(_ context.Context, name string) (systemd.Detail, error) {
 	after, err := f.enter("detail " + name)
 	defer f.mu.Unlock()
 	if err != nil {
 		return systemd.Detail{}, err
 	}
-	d := systemd.Detail{Status: f.status(name), FragmentPath: f.links[name]}
+	d := systemd.Detail{Status: f.status(name), FragmentPath: f.link(name)}
 	if d.Load == "bad-setting" {
 		d.LoadError = "ExecStart= is bad"
 	}
@@ -162,8 +175,11 @@ func (f *fakeSystemd) Link(ctx context.Context, paths ...string) error {
 		if strings.Contains(string(text), "/unlinkable") {
 			return errors.New("it cannot be linked")
 		}
-		f.links[filepath.Base(path)] = path
-		return nil
+		link := filepath.Join(f.dropIns, filepath.Base(path))
+		if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return errors.Join(os.MkdirAll(f.dropIns, 0o755), os.Symlink(path, link))
 	})
 }
 
@@ -173,18 +189,23 @@ func (f *fakeSystemd) Enable(ctx context.Context, names ...string) error {
 
 func (f *fakeSystemd) Disable(ctx context.Context, names ...string) error {
 	return f.each(ctx, "disable", names, func(name string) error {
-		if r := f.runs[name]; r != nil && r.active != "failed" && r.active != "inactive" {
-			f.faults = append(f.faults, "disabled while it runs: "+name)
-		}
-		delete(f.links, name)
 		delete(f.enabled, name)
+		if err := os.Remove(filepath.Join(f.dropIns, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		return nil
 	})
 }
 
+// link returns where the link to a unit's file leads, and "" if there is none.
+func (f *fakeSystemd) link(name string) string {
+	path, _ := os.Readlink(filepath.Join(f.dropIns, name))
+	return path
+}
+
 // read reads the files of a linked unit.
 func (f *fakeSystemd) read(name string) {
-	text, err := os.ReadFile(f.links[name])
+	text, err := os.ReadFile(f.link(name))
 	if err != nil {
 		return
 	}
@@ -199,8 +220,11 @@ func (f *fakeSystemd) read(name string) {
 // known are read, and one without any is forgotten if nothing is left of it.
 func (f *fakeSystemd) meet(name string) {
 	_, known := f.files[name]
-	_, linked := f.links[name]
+	linked := f.link(name) != ""
 	r := f.runs[name]
+	if known && !linked && r != nil && r.active != "failed" && r.active != "inactive" {
+		f.faults = append(f.faults, "unlinked while it runs: "+name)
+	}
 	switch {
 	case !known && linked:
 		f.read(name)
@@ -218,7 +242,7 @@ func (f *fakeSystemd) Reload(context.Context) error {
 	f.reloads++
 	time.Sleep(f.deaf)
 	f.files = map[string]string{}
-	for name := range f.links {
+	for _, name := range f.allLinks() {
 		f.read(name)
 	}
 	f.change.All = true
@@ -329,10 +353,10 @@ func (f *fakeSystemd) finish(ctx context.Context, name string, r *fakeRun, resta
 		}
 		f.mu.Lock()
 	}
-	if _, err := os.Stat(f.links[name]); err != nil && f.links[name] != "" {
+	if _, err := os.Stat(f.link(name)); err != nil && f.link(name) != "" {
 		f.faults = append(f.faults, "file removed before it had stopped: "+name)
 	}
-	if text, err := os.ReadFile(f.links[name]); err == nil && !strings.HasPrefix(r.text, string(text)) && !restart {
+	if text, err := os.ReadFile(f.link(name)); err == nil && !strings.HasPrefix(r.text, string(text)) && !restart {
 		f.faults = append(f.faults, "new file written before it had stopped: "+name)
 	}
 	r.active, r.sub = "inactive", "dead"
@@ -466,11 +490,18 @@ func (f *fakeSystemd) did() []string {
 func (f *fakeSystemd) linked() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.allLinks()
+}
+
+// allLinks returns the names of the units that are linked, sorted.
+func (f *fakeSystemd) allLinks() []string {
 	var all []string
-	for name := range f.links {
-		all = append(all, name)
+	entries, _ := os.ReadDir(f.dropIns)
+	for _, e := range entries {
+		if e.Type() == fs.ModeSymlink {
+			all = append(all, e.Name())
+		}
 	}
-	slices.Sort(all)
 	return all
 }
 

@@ -161,7 +161,7 @@ func (a *Agent) observe(ctx context.Context) error {
 	slices.Sort(names)
 	cctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	found, err := a.cfg.Systemd.Units(cctx, names...)
+	found, err := a.statuses(cctx, names)
 	looked := a.look
 	if err != nil {
 		for _, name := range names {
@@ -187,6 +187,35 @@ func (a *Agent) observe(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// statuses reads the status of units. Those that have stopped systemd has mostly
+// forgotten, and would read again from their files only to answer.
+func (a *Agent) statuses(ctx context.Context, names []string) (map[string]systemd.Status, error) {
+	var stopped []string
+	for _, name := range names {
+		u := a.units[name]
+		if !a.lookAll && u.on && u.status.Load == "loaded" && (!u.rec.Launched || u.busy == Stop) {
+			stopped = append(stopped, name)
+		}
+	}
+	kept, err := a.cfg.Systemd.Kept(ctx, stopped...)
+	if err != nil {
+		return nil, err
+	}
+	found, err := a.cfg.Systemd.Units(ctx, slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		is, asked := kept[name]
+		return asked && !is
+	})...)
+	if err != nil {
+		return nil, err
+	}
+	for name, is := range kept {
+		if !is {
+			found[name] = systemd.Status{Load: "loaded", Active: "inactive", Sub: "dead"}
+		}
+	}
+	return found, nil
 }
 
 // settleRestarts finds out what became of restarts during which the connection

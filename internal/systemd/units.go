@@ -69,6 +69,31 @@ func (c *Conn) Units(ctx context.Context, names ...string) (map[string]Status, e
 	return found, nil
 }
 
+// Kept returns which of the named units systemd keeps in memory. Those that it
+// does not are idle, and to ask for their status makes it read their files.
+func (c *Conn) Kept(ctx context.Context, names ...string) (map[string]bool, error) {
+	kept := make(map[string]bool, len(names))
+	if len(names) == 0 {
+		return kept, nil
+	}
+	s, err := c.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	calls := make([]*dbus.Call, len(names))
+	for i, name := range names {
+		calls[i] = s.object.GoWithContext(ctx, manager+".GetUnit", 0, make(chan *dbus.Call, 1), name)
+	}
+	for i, name := range names {
+		call := <-calls[i].Done
+		if call.Err != nil && !refused(call.Err) {
+			return nil, fmt.Errorf("find units: %w", call.Err)
+		}
+		kept[name] = call.Err == nil
+	}
+	return kept, nil
+}
+
 // Detail is what Status leaves out of one unit. Fields that do not apply to
 // the unit are zero.
 type Detail struct {
