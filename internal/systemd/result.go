@@ -68,7 +68,7 @@ type crowd chan struct{}
 
 const (
 	startCrowd = 8
-	stopCrowd  = 200 // takes systemd less time each; it kills all that it has begun to stop before it clears up after them
+	stopCrowd  = 500 // takes systemd less time each; it kills all that it has begun to stop before it clears up after them
 )
 
 // slow is after what time a job that has not begun may be waiting for another
