@@ -37,8 +37,14 @@ type Presence struct {
 	linger    atomic.Bool               // see Linger
 }
 
-// coalesce is the shortest time between two writes of a Presence.
-const coalesce = 200 * time.Millisecond
+// coalesce is the shortest time between two writes of a Presence, of which each
+// puts up to so many bytes; after more of them it takes that many times longer,
+// because all who follow these keys have to read them.
+const (
+	coalesce      = 200 * time.Millisecond
+	coalesceBytes = 32 << 10
+	coalesceMost  = time.Second
+)
 
 // NewPresence returns a Presence with no keys. ttl is rounded up to seconds;
 // etcd grants no less than 2 s.
@@ -122,7 +128,7 @@ func (p *Presence) Run(ctx context.Context) error {
 		if lease != 0 && !p.linger.Load() {
 			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
-			_ = p.flush(rctx, lease)            // what was said last, for those who watch
+			_, _ = p.flush(rctx, lease)         // what was said last, for those who watch
 			_, _ = p.c.etcd.Revoke(rctx, lease) // it expires anyway
 		}
 	}()
@@ -186,8 +192,9 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 		case <-ctx.Done():
 			return nil
 		case <-wake:
-			wake, pause = nil, time.After(coalesce)
-			if err := p.flush(ctx, lease); err != nil {
+			size, err := p.flush(ctx, lease)
+			wake, pause = nil, time.After(min(coalesce*time.Duration(1+size/coalesceBytes), coalesceMost))
+			if err != nil {
 				if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 					return err
 				}
@@ -228,13 +235,17 @@ func (p *Presence) renew(ctx context.Context, lease clientv3.LeaseID) error {
 	return nil
 }
 
-// flush writes what is dirty. What could not be written stays dirty; writing a
-// key twice does no harm, so an unknown outcome is written again.
-func (p *Presence) flush(ctx context.Context, lease clientv3.LeaseID) error {
+// flush writes what is dirty, and returns how many bytes that was. What could
+// not be written stays dirty; writing a key twice does no harm, so an unknown
+// outcome is written again.
+func (p *Presence) flush(ctx context.Context, lease clientv3.LeaseID) (size int, err error) {
 	for {
 		keys, ops := p.take(lease)
 		if len(keys) == 0 {
-			return nil
+			return size, nil
+		}
+		for _, op := range ops {
+			size += len(op.ValueBytes())
 		}
 		tctx, cancel := context.WithTimeout(ctx, writeLimit)
 		_, err := p.c.etcd.Txn(tctx).Then(ops...).Commit()
@@ -243,7 +254,7 @@ func (p *Presence) flush(ctx context.Context, lease clientv3.LeaseID) error {
 			p.mu.Lock()
 			p.touch(keys...)
 			p.mu.Unlock()
-			return p.c.explain("write "+describe([]Op{{ops[0]}}), err)
+			return size, p.c.explain("write "+describe([]Op{{ops[0]}}), err)
 		}
 	}
 }
