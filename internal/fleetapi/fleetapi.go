@@ -53,6 +53,9 @@ type Handler struct {
 	hold       time.Duration // holdLimit, shorter in tests
 	start      time.Duration // startLimit, shorter in tests
 	digests    digests
+	units      decoded[registry.Unit]
+	placements decoded[registry.Placement]
+	states     decoded[registry.States]
 	lookBack   lookBack
 }
 

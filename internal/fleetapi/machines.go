@@ -18,9 +18,9 @@ func (h *Handler) getMachines(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &fleet{revision, byName[registry.Machine](prefixes[0], lists[0]), byName[registry.Settings](prefixes[1], lists[1])}
+	f := &fleet{revision, byName(prefixes[0], lists[0], anew[registry.Machine]), byName(prefixes[1], lists[1], anew[registry.Settings])}
 	placed := map[string]int{}
-	for _, p := range byName[registry.Placement](prefixes[2], lists[2]) {
+	for _, p := range byName(prefixes[2], lists[2], anew[registry.Placement]) {
 		placed[p.registry.Machine]++
 	}
 	globals := map[string]int{}

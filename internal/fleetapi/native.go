@@ -42,6 +42,7 @@ func (h *Handler) NativeRoutes(mux *http.ServeMux) {
 	handle("POST /v1/units/{name}/move", maxRequest, h.postMove)
 	handle("GET /v1/rebalance", maxRequest, h.getRebalance)
 	handle("POST /v1/rebalance", maxRequest, h.postRebalance)
+	handle("GET /v1/states", maxRequest, h.getStates)
 	handle("GET /v1/machines", maxRequest, h.getMachines)
 	handle("POST /v1/machines/{id}/settings", maxRequest, h.postSettings)
 	handle("POST /v1/failover", maxRequest, h.postFailover)

@@ -69,6 +69,24 @@ func TestNativeUnits(t *testing.T) {
 			t.Errorf("%s: %d, %s", query, got.Revision, diff)
 		}
 	}
+	var states unitapi.States
+	w.native("GET", "/v1/states", nil, 200, &states)
+	if diff := cmp.Diff(unitapi.States{
+		Revision: list.Revision,
+		Machines: map[string]unitapi.MachineRef{"m1": ref, "m9": {ID: "m9"}},
+		States: []unitapi.UnitState{
+			{Unit: "a.service", Machine: "m1", Load: "loaded", Active: "active", Sub: "running", Hash: hash},
+			{Unit: "a.service", Machine: "m9", Load: "loaded", Active: "failed", Sub: "failed", Hash: "0"},
+		},
+	}, states); diff != "" {
+		t.Error(diff)
+	}
+	// A second time they are not decoded; what has changed is.
+	w.states("m9", map[string]registry.State{"a.service": {Hash: "0", Load: "loaded", Active: "inactive", Sub: "dead"}})
+	w.native("GET", "/v1/states", nil, 200, &states)
+	if s := states.States; len(s) != 2 || s[0].Active != "active" || s[1].Active != "inactive" {
+		t.Errorf("%+v", s)
+	}
 	var single unitapi.Unit
 	w.native("GET", "/v1/units/a.service", nil, 200, &single)
 	if single.Text != one || single.Serialized != text("/bin/true") || single.Hash != hash {

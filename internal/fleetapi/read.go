@@ -31,11 +31,42 @@ func recordOf[R registry.Record](kv store.KV, found bool) record[R] {
 	return r
 }
 
+// decoded remembers what records say, since most of the work of a list would be
+// to decode the same ones again. What it returns must not be changed.
+type decoded[R registry.Record] struct {
+	mu    sync.Mutex
+	known map[string]record[R] // by key; guarded by mu
+}
+
+// mostKnown records are remembered, then it begins anew.
+const mostKnown = 1 << 17
+
+func (d *decoded[R]) of(kv store.KV) record[R] {
+	d.mu.Lock()
+	r, ok := d.known[kv.Key]
+	d.mu.Unlock()
+	if ok && r.Value == kv.Value {
+		r.KV = kv
+		return r
+	}
+	r = recordOf[R](kv, true)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.known == nil || len(d.known) >= mostKnown {
+		d.known = map[string]record[R]{}
+	}
+	d.known[kv.Key] = r
+	return r
+}
+
+// anew decodes a record of a kind that is not remembered.
+func anew[R registry.Record](kv store.KV) record[R] { return recordOf[R](kv, true) }
+
 // byName decodes the records below a prefix.
-func byName[R registry.Record](prefix string, items []store.KV) map[string]record[R] {
+func byName[R registry.Record](prefix string, items []store.KV, of func(store.KV) record[R]) map[string]record[R] {
 	all := make(map[string]record[R], len(items))
 	for _, kv := range items {
-		all[strings.TrimPrefix(kv.Key, prefix)] = recordOf[R](kv, true)
+		all[strings.TrimPrefix(kv.Key, prefix)] = of(kv)
 	}
 	return all
 }
@@ -74,7 +105,6 @@ type digests struct {
 }
 
 func (d *digests) of(name string, r record[registry.Unit]) digest {
-	const limit = 1 << 17 // units, then it begins anew
 	d.mu.Lock()
 	known, ok := d.known[r.Key]
 	d.mu.Unlock()
@@ -88,7 +118,7 @@ func (d *digests) of(name string, r record[registry.Unit]) digest {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.known == nil || len(d.known) >= limit {
+	if d.known == nil || len(d.known) >= mostKnown {
 		d.known = map[string]digest{}
 	}
 	d.known[r.Key] = known
@@ -135,17 +165,17 @@ func (h *Handler) read(ctx context.Context, patterns []string) (*view, error) {
 	v := &view{
 		revision:   revision,
 		digests:    &h.digests,
-		placements: byName[registry.Placement](prefixes[1], lists[1]),
-		unplaced:   byName[registry.Unplaced](prefixes[2], lists[2]),
-		moves:      byName[registry.Move](prefixes[3], lists[3]),
+		placements: byName(prefixes[1], lists[1], h.placements.of),
+		unplaced:   byName(prefixes[2], lists[2], anew[registry.Unplaced]),
+		moves:      byName(prefixes[3], lists[3], anew[registry.Move]),
 		release:    map[string]string{},
 		states:     h.statesOf(lists[5]),
-		machines:   byName[registry.Machine](prefixes[6], lists[6]),
+		machines:   byName(prefixes[6], lists[6], anew[registry.Machine]),
 	}
 	matches := matcher(patterns)
 	for _, kv := range lists[0] {
 		if matches(strings.TrimPrefix(kv.Key, prefixes[0])) {
-			v.units = append(v.units, recordOf[registry.Unit](kv, true))
+			v.units = append(v.units, h.units.of(kv))
 		}
 	}
 	for _, kv := range lists[4] {
@@ -192,7 +222,7 @@ func (h *Handler) readNamed(ctx context.Context, revision int64, names []string)
 	if err != nil {
 		return nil, err
 	}
-	v.states, v.machines = h.statesOf(lists[0]), byName[registry.Machine](k.Machine(""), lists[1])
+	v.states, v.machines = h.statesOf(lists[0]), byName(k.Machine(""), lists[1], anew[registry.Machine])
 	if len(entries) > 0 {
 		second, _, err := h.Store.GetMany(ctx, revision, entries...)
 		if err != nil {
@@ -220,12 +250,12 @@ func (h *Handler) statesOf(items []store.KV) []machineStates {
 	var all []machineStates
 	for _, kv := range items {
 		id := strings.TrimPrefix(kv.Key, h.Keys.States(""))
-		states, err := registry.Decode[registry.States](kv.Value)
-		if err != nil {
-			h.Log.Debug("the states of a machine cannot be read", "machine", id, "err", err)
+		states := h.states.of(kv)
+		if states.err != nil {
+			h.Log.Debug("the states of a machine cannot be read", "machine", id, "err", states.err)
 			continue
 		}
-		all = append(all, machineStates{id, states.Units})
+		all = append(all, machineStates{id, states.registry.Units})
 	}
 	return all
 }
@@ -327,7 +357,7 @@ func (h *Handler) readMachines(ctx context.Context, revision int64) (*fleet, err
 	if err != nil {
 		return nil, err
 	}
-	return &fleet{revision, byName[registry.Machine](h.Keys.Machine(""), lists[0]), byName[registry.Settings](h.Keys.Settings(""), lists[1])}, nil
+	return &fleet{revision, byName(h.Keys.Machine(""), lists[0], anew[registry.Machine]), byName(h.Keys.Settings(""), lists[1], anew[registry.Settings])}, nil
 }
 
 // ids returns the IDs of the machines that are there, sorted.

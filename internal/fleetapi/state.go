@@ -11,6 +11,7 @@ import (
 
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
+	"flotilla/internal/unitapi"
 )
 
 func stateAsFleet(name, machine string, s registry.State) fleetState {
@@ -44,6 +45,29 @@ func (h *Handler) fleetStates(r *http.Request) (answer, error) {
 	})
 	states, next := cut(all, token)
 	return answer{status: http.StatusOK, body: fleetPage{States: states, Next: next}}, nil
+}
+
+// getStates answers with what machines have, without what is wanted of it.
+func (h *Handler) getStates(r *http.Request) (any, error) {
+	lists, revision, err := h.Store.ListMany(r.Context(), 0, h.Keys.States(""), h.Keys.Machine(""))
+	if err != nil {
+		return nil, err
+	}
+	all := unitapi.States{Revision: revision, Machines: map[string]unitapi.MachineRef{}, States: []unitapi.UnitState{}}
+	machines := byName(h.Keys.Machine(""), lists[1], anew[registry.Machine])
+	for _, m := range h.statesOf(lists[0]) {
+		record := machines[m.machine].registry
+		all.Machines[m.machine] = unitapi.MachineRef{ID: m.machine, Node: record.Node, Address: record.Address}
+		for unit, s := range m.units {
+			if s.Load != "" { // else it only waits there
+				all.States = append(all.States, unitapi.UnitState{Unit: unit, Machine: m.machine, Load: s.Load, Active: s.Active, Sub: s.Sub, Hash: s.Hash})
+			}
+		}
+	}
+	slices.SortFunc(all.States, func(a, b unitapi.UnitState) int {
+		return cmp.Or(cmp.Compare(a.Unit, b.Unit), cmp.Compare(a.Machine, b.Machine))
+	})
+	return all, nil
 }
 
 // errSeen ends a watch.

@@ -128,6 +128,24 @@ type State struct {
 	Waiting  string `json:"waiting,omitempty"`
 }
 
+// States is the answer to GET /v1/states: what machines have, of units that are
+// wanted and of those that are just being stopped.
+type States struct {
+	Revision int64                 `json:"revision"` // of the store, at which all that follows was read
+	Machines map[string]MachineRef `json:"machines"` // by ID: those that have units
+	States   []UnitState           `json:"states"`   // by unit and machine
+}
+
+// UnitState is one unit on one machine.
+type UnitState struct {
+	Unit    string `json:"unit"`
+	Machine string `json:"machine"` // ID
+	Load    string `json:"load"`
+	Active  string `json:"active"`
+	Sub     string `json:"sub"`
+	Hash    string `json:"hash"`
+}
+
 // Explanation is the answer to GET /v1/units/{name}/explain.
 type Explanation struct {
 	Unit     Unit      `json:"unit"`
