@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -403,6 +404,31 @@ func TestListingIsNoChange(t *testing.T) {
 	if seen["idle.service"] || seen["nobody.service"] {
 		t.Errorf("changed: %v", seen)
 	}
+}
+
+// What runs or has failed is kept; what is idle is forgotten, also if it was
+// asked about.
+func TestKept(t *testing.T) {
+	c, ctx := connect(t), t.Context()
+	install(t, c, "idle.service", sleeper, "web.service", sleeper, "bad.service", "[Service]\nExecStart=/bin/false\nType=oneshot\n")
+	wantResult(t, Done)(c.Start(ctx, "web.service"))
+	wantResult(t, Failed)(c.Start(ctx, "bad.service"))
+	_, err := c.Units(ctx, "idle.service", "nobody.service")
+	must(t, err)
+	names := []string{"idle.service", "web.service", "bad.service", "nobody.service", "no unit"}
+	want := map[string]bool{"idle.service": false, "web.service": true, "bad.service": true, "nobody.service": false, "no unit": false}
+	eventually(t, "only what runs or has failed to be kept", func() bool {
+		kept, err := c.Kept(ctx, names...)
+		must(t, err)
+		return maps.Equal(kept, want)
+	})
+	wantResult(t, Done)(c.Stop(ctx, "web.service"))
+	want["web.service"] = false
+	eventually(t, "what was stopped to be forgotten", func() bool {
+		kept, err := c.Kept(ctx, names...)
+		must(t, err)
+		return maps.Equal(kept, want)
+	})
 }
 
 func TestManyUnits(t *testing.T) {
