@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,8 +75,9 @@ func rows[T any](l *listing, cols []string, has map[string]func(T, bool) string,
 
 // placedState is a unit on one machine: a line of list-units.
 type placedState struct {
-	Unit string `json:"unit"`
-	unitapi.State
+	unitapi.UnitState
+	Node    string `json:"node"`
+	Address string `json:"address"`
 }
 
 func shortHash(hash string, full bool) string {
@@ -108,18 +110,9 @@ func (c *cli) listUnitsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			list, err := r.listed(cmd, args)
+			states, err := r.listedStates(cmd, args)
 			if err != nil {
 				return err
-			}
-			states := []placedState{}
-			for _, u := range list {
-				slices.SortFunc(u.States, func(a, b unitapi.State) int { return strings.Compare(a.Machine, b.Machine) })
-				for _, st := range u.States {
-					if st.Load != "" { // else it only waits there
-						states = append(states, placedState{u.Name, st})
-					}
-				}
 			}
 			if c.output == "json" {
 				return SayJSON(r.io.out, states)
@@ -132,6 +125,44 @@ func (c *cli) listUnitsCommand() *cobra.Command {
 	return c.unitFlags(cmd)
 }
 
+// listedStates returns what machines have of the units that args mean, all for
+// none: then also of units that were destroyed and are still stopping.
+func (r *unitRun) listedStates(cmd *cobra.Command, args []string) ([]placedState, error) {
+	states := []placedState{}
+	if r.fleet || len(args) == 0 {
+		var answer unitapi.States
+		if err := r.dial().Do(cmd.Context(), http.MethodGet, "/v1/states", nil, nil, &answer); err != nil {
+			return nil, r.notListed(err)
+		}
+		for _, st := range answer.States {
+			m := answer.Machines[st.Machine]
+			states = append(states, placedState{st, m.Node, m.Address})
+		}
+		return states, nil
+	}
+	list, err := r.listed(cmd, args)
+	if err != nil {
+		return nil, err
+	}
+	for _, u := range list {
+		slices.SortFunc(u.States, func(a, b unitapi.State) int { return strings.Compare(a.Machine, b.Machine) })
+		for _, st := range u.States {
+			if st.Load != "" { // else it only waits there
+				states = append(states, placedState{unitapi.UnitState{Unit: u.Name, Machine: st.Machine, Load: st.Load, Active: st.Active, Sub: st.Sub,
+					Hash: st.Hash, Epoch: st.Epoch, Launched: st.Launched, Restarts: st.Restarts, Trouble: st.Trouble, Waiting: st.Waiting}, st.Node, st.Address})
+			}
+		}
+	}
+	return states, nil
+}
+
+func (r *unitRun) notListed(err error) error {
+	if err != nil && r.fleet {
+		return fleetSays{"Error retrieving list of units from repository: ", err}
+	}
+	return err
+}
+
 // listed returns the units that args mean, all for none, by name.
 func (r *unitRun) listed(cmd *cobra.Command, args []string) ([]unitView, error) {
 	if r.fleet {
@@ -139,10 +170,7 @@ func (r *unitRun) listed(cmd *cobra.Command, args []string) ([]unitView, error) 
 	}
 	if len(args) == 0 {
 		all, err := r.units(cmd.Context())
-		if err != nil && r.fleet {
-			return nil, fleetSays{"Error retrieving list of units from repository: ", err}
-		}
-		return sortedUnits(all), err
+		return sortedUnits(all), r.notListed(err)
 	}
 	list, missing, err := r.pick(cmd.Context(), args)
 	slices.SortFunc(list, func(a, b unitView) int { return strings.Compare(a.Name, b.Name) })

@@ -189,6 +189,8 @@ type outcome struct {
 const (
 	firstPoll = 20 * time.Millisecond
 	lastPoll  = 250 * time.Millisecond
+	perUnit   = 5 * time.Millisecond // more for each that is waited for
+	slowPoll  = time.Second
 	atOnce    = 100
 	silence   = 15 * time.Second
 )
@@ -268,7 +270,7 @@ func (r *unitRun) await(ctx context.Context, names []string, g goal, w waiting) 
 			return result, ctx.Err()
 		case <-time.After(pause):
 		}
-		pause = min(pause*3/2, lastPoll)
+		pause = min(pause*3/2, lastPoll+time.Duration(len(names))*perUnit, slowPoll)
 	}
 	return result, nil
 }

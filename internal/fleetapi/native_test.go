@@ -75,8 +75,8 @@ func TestNativeUnits(t *testing.T) {
 		Revision: list.Revision,
 		Machines: map[string]unitapi.MachineRef{"m1": ref, "m9": {ID: "m9"}},
 		States: []unitapi.UnitState{
-			{Unit: "a.service", Machine: "m1", Load: "loaded", Active: "active", Sub: "running", Hash: hash},
-			{Unit: "a.service", Machine: "m9", Load: "loaded", Active: "failed", Sub: "failed", Hash: "0"},
+			{Unit: "a.service", Machine: "m1", Load: "loaded", Active: "active", Sub: "running", Hash: hash, Epoch: 3, Launched: true, Restarts: 2},
+			{Unit: "a.service", Machine: "m9", Load: "loaded", Active: "failed", Sub: "failed", Hash: "0", Trouble: "start limit"},
 		},
 	}, states); diff != "" {
 		t.Error(diff)

@@ -60,7 +60,8 @@ func (h *Handler) getStates(r *http.Request) (any, error) {
 		all.Machines[m.machine] = unitapi.MachineRef{ID: m.machine, Node: record.Node, Address: record.Address}
 		for unit, s := range m.units {
 			if s.Load != "" { // else it only waits there
-				all.States = append(all.States, unitapi.UnitState{Unit: unit, Machine: m.machine, Load: s.Load, Active: s.Active, Sub: s.Sub, Hash: s.Hash})
+				all.States = append(all.States, unitapi.UnitState{Unit: unit, Machine: m.machine, Load: s.Load, Active: s.Active, Sub: s.Sub,
+					Hash: s.Hash, Epoch: s.Epoch, Launched: s.Launched, Restarts: s.Restarts, Trouble: s.Trouble, Waiting: s.Waiting})
 			}
 		}
 	}

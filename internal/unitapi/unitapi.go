@@ -136,14 +136,19 @@ type States struct {
 	States   []UnitState           `json:"states"`   // by unit and machine
 }
 
-// UnitState is one unit on one machine.
+// UnitState is a State without what Machines says.
 type UnitState struct {
-	Unit    string `json:"unit"`
-	Machine string `json:"machine"` // ID
-	Load    string `json:"load"`
-	Active  string `json:"active"`
-	Sub     string `json:"sub"`
-	Hash    string `json:"hash"`
+	Unit     string `json:"unit"`
+	Machine  string `json:"machine"`
+	Load     string `json:"load"`
+	Active   string `json:"active"`
+	Sub      string `json:"sub"`
+	Hash     string `json:"hash"`
+	Epoch    int64  `json:"epoch,omitempty"`
+	Launched bool   `json:"launched,omitempty"`
+	Restarts int64  `json:"restarts,omitempty"`
+	Trouble  string `json:"trouble,omitempty"`
+	Waiting  string `json:"waiting,omitempty"`
 }
 
 // Explanation is the answer to GET /v1/units/{name}/explain.
