@@ -72,7 +72,14 @@ type Config struct {
 var ErrReplaced = errors.New("another machine with the same machine ID has registered")
 
 const (
-	settle      = 5 * time.Millisecond // in which events are merged into one pass
+	settle = 5 * time.Millisecond // in which events are merged into one pass
+	// While so many units and more change, one pass for all of them spares systemd
+	// much: it looks through all its folders after each change of them, and stops
+	// nothing while it clears up after what has stopped.
+	many          = 20
+	settleMany    = 30 * time.Millisecond // without a further change
+	longestSettle = 300 * time.Millisecond
+
 	callLimit   = 30 * time.Second     // of calls to systemd that a pass waits for
 	longestRest = 5 * time.Second      // between two times that systemd reads all files
 	checkEvery  = time.Minute

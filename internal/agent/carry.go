@@ -19,10 +19,7 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 		a.log.Debug("step", "do", string(s.Do), "unit", s.Unit, "reason", s.Reason)
 		by[s.Do] = append(by[s.Do], s)
 	}
-	for _, s := range by[Stop] {
-		a.log.Info("stopping a unit", "unit", s.Unit, "reason", s.Reason)
-		a.stop(s.Unit)
-	}
+	a.stop(by[Stop])
 	cctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
 	a.rest(now, by)
@@ -63,18 +60,23 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 // reread makes systemd know the files as they are now. It reads those of a unit
 // that it does not know when it is asked about it, and forgets a unit that is
 // stopped and not needed: only for others it has to read all files again, which
-// takes longer than all the rest. It returns the status of those that it asked
-// for since their files were read.
+// takes longer than all the rest. It returns the status of those that need not be
+// looked at again.
 func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) (found map[string]systemd.Status, err error) {
 	if !a.reload {
-		found, err = a.cfg.Systemd.Units(ctx, slices.Concat(unloaded, loaded)...)
+		kept, err := a.cfg.Systemd.Kept(ctx, unloaded...)
+		if err == nil {
+			found, err = a.cfg.Systemd.Units(ctx, loaded...)
+		}
 		if err != nil {
 			a.reload = true
 			return nil, err
 		}
-		known := func(name string) bool { return found[name].Load != "not-found" }
-		unknown := func(name string) bool { return !known(name) }
-		a.reload = slices.ContainsFunc(unloaded, known) || slices.ContainsFunc(loaded, unknown)
+		a.reload = slices.ContainsFunc(unloaded, func(name string) bool { return kept[name] }) ||
+			slices.ContainsFunc(loaded, func(name string) bool { return found[name].Load == "not-found" })
+		for _, name := range unloaded {
+			found[name] = systemd.Status{Load: "not-found", Active: "inactive", Sub: "dead"}
+		}
 	}
 	if a.reload {
 		began := time.Now()

@@ -127,7 +127,9 @@ func (f *fakeSystemd) Kept(_ context.Context, names ...string) (map[string]bool,
 	kept := map[string]bool{}
 	for _, name := range names {
 		r := f.runs[name]
-		kept[name] = r != nil && (r.active != "inactive" || r.queued != "")
+		if kept[name] = r != nil && (r.active != "inactive" || r.queued != ""); !kept[name] {
+			delete(f.files, name)
+		}
 	}
 	return kept, after
 }
@@ -268,6 +270,7 @@ func (f *fakeSystemd) order(ctx context.Context, verb, name string) (systemd.Res
 	if err != nil {
 		return "", err
 	}
+	f.meet(name)
 	text, loaded := f.files[name]
 	r := f.runs[name]
 	if r == nil {

@@ -59,6 +59,7 @@ func (a *Agent) loop(ctx context.Context) {
 			continue
 		}
 		// More of the same is likely on its way.
+		began, fresh := time.Now(), 0
 		for merge := time.After(settle); merge != nil; {
 			select {
 			case <-ctx.Done():
@@ -68,6 +69,9 @@ func (a *Agent) loop(ctx context.Context) {
 				a.take(e)
 			case <-merge:
 				merge = nil
+				if n := a.view.fresh(); n >= many && n > fresh && time.Since(began) < longestSettle {
+					fresh, merge = n, time.After(settleMany)
+				}
 			}
 		}
 	}

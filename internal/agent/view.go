@@ -40,6 +40,7 @@ type view struct {
 	mu       sync.Mutex // guards what follows
 	there    [parts]bool
 	newer    bool // than what present has returned last
+	changed  int  // records, since then
 	schedule map[string]entry
 	globals  map[string]entry
 	settings registry.Settings
@@ -114,6 +115,7 @@ func (v *view) apply(p part, u store.Update) (changed int) {
 	}
 	if !v.there[p] || changed > 0 {
 		v.there[p], v.newer = true, true
+		v.changed += changed
 	}
 	return changed
 }
@@ -266,7 +268,7 @@ type present struct {
 func (v *view) present(mine func(machine) bool) *present {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.newer = false
+	v.newer, v.changed = false, 0
 	for _, there := range v.there {
 		if !there {
 			return nil
@@ -355,6 +357,13 @@ func (v *view) others() (n int, at int64, ok bool) {
 		n--
 	}
 	return n, v.at, v.there[machines]
+}
+
+// fresh returns how many records have changed since present was called.
+func (v *view) fresh() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.changed
 }
 
 func (v *view) isNewer() bool {

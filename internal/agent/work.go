@@ -70,13 +70,21 @@ func (a *Agent) take(e ended) {
 	}
 }
 
-func (a *Agent) stop(name string) {
-	u := a.units[name]
-	u.rec.Doing = Stop
-	if !a.note(name) {
-		return
+// stop stops units. It asks systemd when all is written down, quickly: what
+// comes late has to wait until systemd has cleared up after the others.
+func (a *Agent) stop(steps []Step) {
+	steps = slices.DeleteFunc(steps, func(s Step) bool {
+		a.log.Info("stopping a unit", "unit", s.Unit, "reason", s.Reason)
+		a.units[s.Unit].rec.Doing = Stop
+		return !a.note(s.Unit)
+	})
+	for _, s := range steps {
+		a.stopOne(s.Unit)
 	}
-	exclusive := u.rec.Exclusive
+}
+
+func (a *Agent) stopOne(name string) {
+	exclusive := a.units[name].rec.Exclusive
 	a.work(name, Stop, func(ctx context.Context) error {
 		if _, err := a.cfg.Systemd.Stop(ctx, name); err != nil {
 			return err
