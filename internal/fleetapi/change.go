@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 
+	"golang.org/x/sync/errgroup"
+
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
@@ -15,6 +17,8 @@ const (
 	// batchUnits is how many units are written in one transaction. One unit
 	// takes up to two operations and one condition.
 	batchUnits = 50
+	// batchesAtOnce is how many transactions of one request are under way.
+	batchesAtOnce = 8
 	// batchBytes is the length of the values of one transaction, unless it is
 	// one value only.
 	batchBytes = 512 << 10
@@ -68,13 +72,8 @@ func (h *Handler) change(ctx context.Context, names []string, what decide) ([]st
 			err = fmt.Errorf("change unit %s: %w %d times in a row", names[batches[0][0]], store.ErrConflict, attempts)
 		}
 		pending = nil
-		for _, batch := range batches {
-			if err != nil {
-				break
-			}
-			if err = c.write(ctx, batch); errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrUnknown) {
-				pending, err = append(pending, batch...), nil
-			}
+		if err == nil {
+			pending, err = c.writeAll(ctx, batches)
 		}
 		if err != nil {
 			return nil, 0, partly(err, c.written, len(c.unsure), len(names))
@@ -133,9 +132,50 @@ func (c *changing) plan(ctx context.Context, pending []int) ([][]int, error) {
 	return append(inBatches(together, c.steps), alone...), nil
 }
 
+// writeAll writes batches side by side, so that the engine gets to know of all of
+// them at about the same time, and returns the units that are to be planned again.
+func (c *changing) writeAll(ctx context.Context, batches [][]int) (again []int, err error) {
+	revisions, errs := make([]int64, len(batches)), make([]error, len(batches))
+	var all errgroup.Group
+	all.SetLimit(batchesAtOnce)
+	for i, batch := range batches {
+		all.Go(func() error {
+			revisions[i], errs[i] = c.write(ctx, batch)
+			return nil
+		})
+	}
+	_ = all.Wait()
+	for i, batch := range batches {
+		switch {
+		case errs[i] == nil:
+			c.note(batch, revisions[i])
+		case errors.Is(errs[i], store.ErrUnknown):
+			for _, i := range batch {
+				c.unsure[i] = c.steps[i]
+			}
+			again = append(again, batch...)
+		case errors.Is(errs[i], store.ErrConflict):
+			again = append(again, batch...)
+		case err == nil:
+			err = errs[i]
+		}
+	}
+	return again, err
+}
+
+// note notes that a batch was written.
+func (c *changing) note(batch []int, revision int64) {
+	c.revision = max(c.revision, revision)
+	c.written += len(batch)
+	for _, i := range batch {
+		s := c.steps[i]
+		c.Log.Info("unit "+string(s.result.Outcome), "unit", c.names[i], "desired", s.result.Desired, "revision", revision)
+	}
+}
+
 // write does some of the steps in one transaction, if none of their records has
-// changed.
-func (c *changing) write(ctx context.Context, batch []int) error {
+// changed, and returns its revision.
+func (c *changing) write(ctx context.Context, batch []int) (int64, error) {
 	var ops []store.Op
 	var conds []store.Cond
 	for _, i := range batch {
@@ -147,22 +187,7 @@ func (c *changing) write(ctx context.Context, batch []int) error {
 			ops = append(ops, store.Put(key, c.steps[i].want))
 		}
 	}
-	revision, err := c.Store.Apply(ctx, ops, conds...)
-	if errors.Is(err, store.ErrUnknown) {
-		for _, i := range batch {
-			c.unsure[i] = c.steps[i]
-		}
-	}
-	if err != nil {
-		return err
-	}
-	c.revision = max(c.revision, revision)
-	c.written += len(batch)
-	for _, i := range batch {
-		s := c.steps[i]
-		c.Log.Info("unit "+string(s.result.Outcome), "unit", c.names[i], "desired", s.result.Desired, "revision", revision)
-	}
-	return nil
+	return c.Store.Apply(ctx, ops, conds...)
 }
 
 // partly turns an error that says that nothing was written into one that does
