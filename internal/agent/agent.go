@@ -76,12 +76,12 @@ const (
 	// While so many units and more change, one pass for all of them spares systemd
 	// much: it looks through all its folders after each change of them, and stops
 	// nothing while it clears up after what has stopped.
-	many          = 20
+	many          = 8
 	settleMany    = 30 * time.Millisecond // without a further change
 	longestSettle = 300 * time.Millisecond
 
-	callLimit   = 30 * time.Second     // of calls to systemd that a pass waits for
-	longestRest = 5 * time.Second      // between two times that systemd reads all files
+	callLimit   = 30 * time.Second // of calls to systemd that a pass waits for
+	longestRest = 5 * time.Second  // between two times that systemd reads all files
 	checkEvery  = time.Minute
 	firstRetry  = 200 * time.Millisecond // doubled each time, up to a minute
 	readyLimit  = 2 * time.Second        // for units to be queued before those that come after them
