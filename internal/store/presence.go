@@ -37,10 +37,12 @@ type Presence struct {
 	linger    atomic.Bool               // see Linger
 }
 
-// coalesce is the shortest time between two writes of a Presence, of which each
-// puts up to so many bytes; after more of them it takes that many times longer,
-// because all who follow these keys have to read them.
+// The time between two writes of a Presence: the second of a quick sequence, which
+// often says the end of what the first said the beginning of, comes soon; then it
+// doubles up to coalesce, for each coalesceBytes that a write puts, because all
+// who follow these keys have to read them.
 const (
+	coalesceFirst = 25 * time.Millisecond
 	coalesce      = 200 * time.Millisecond
 	coalesceBytes = 32 << 10
 	coalesceMost  = time.Second
@@ -187,13 +189,19 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 	var pause <-chan time.Time // set while a write must wait for the next interval
 	wake := p.wake
 	renewed, rounds := time.Now(), 0
+	var rested time.Time // when the last pause was over
+	rest := coalesceFirst
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-wake:
 			size, err := p.flush(ctx, lease)
-			wake, pause = nil, time.After(min(coalesce*time.Duration(1+size/coalesceBytes), coalesceMost))
+			if time.Since(rested) > coalesce {
+				rest = coalesceFirst
+			}
+			wake, pause = nil, time.After(rest)
+			rest = min(2*rest, coalesce*time.Duration(1+size/coalesceBytes), coalesceMost)
 			if err != nil {
 				if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 					return err
@@ -202,7 +210,7 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 				pause = time.After(jitter(time.Second))
 			}
 		case <-pause:
-			wake, pause = p.wake, nil
+			wake, pause, rested = p.wake, nil, time.Now()
 		case <-renew.C:
 			began := time.Now()
 			err := p.renew(ctx, lease)
