@@ -37,6 +37,7 @@ type Systemd interface {
 	Reload(ctx context.Context) error
 	Start(ctx context.Context, name string) (systemd.Result, error)
 	Stop(ctx context.Context, name string) (systemd.Result, error)
+	StopAll(ctx context.Context, names ...string) map[string]func(context.Context) (systemd.Result, error)
 	Restart(ctx context.Context, name string) (systemd.Result, error)
 	ResetFailed(ctx context.Context, name string) error
 	Kill(ctx context.Context, name string, signal syscall.Signal) error

@@ -260,6 +260,14 @@ func (f *fakeSystemd) Stop(ctx context.Context, name string) (systemd.Result, er
 	return f.order(ctx, "stop", name)
 }
 
+func (f *fakeSystemd) StopAll(_ context.Context, names ...string) map[string]func(context.Context) (systemd.Result, error) {
+	waits := map[string]func(context.Context) (systemd.Result, error){}
+	for _, name := range names {
+		waits[name] = func(ctx context.Context) (systemd.Result, error) { return f.Stop(ctx, name) }
+	}
+	return waits
+}
+
 func (f *fakeSystemd) Restart(ctx context.Context, name string) (systemd.Result, error) {
 	return f.order(ctx, "restart", name)
 }

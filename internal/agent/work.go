@@ -75,18 +75,26 @@ func (a *Agent) take(e ended) {
 func (a *Agent) stop(steps []Step) {
 	steps = slices.DeleteFunc(steps, func(s Step) bool {
 		a.log.Info("stopping a unit", "unit", s.Unit, "reason", s.Reason)
-		a.units[s.Unit].rec.Doing = Stop
-		return !a.note(s.Unit)
+		u := a.units[s.Unit]
+		u.rec.Doing = Stop
+		if !a.note(s.Unit) {
+			return true
+		}
+		if u.cancel != nil {
+			u.cancel() // a start that still waits for its turn
+		}
+		return false
 	})
-	for _, s := range steps {
-		a.stopOne(s.Unit)
+	waits := a.cfg.Systemd.StopAll(a.life, names(steps)...)
+	for name, wait := range waits {
+		a.stopOne(name, wait)
 	}
 }
 
-func (a *Agent) stopOne(name string) {
+func (a *Agent) stopOne(name string, wait func(context.Context) (systemd.Result, error)) {
 	exclusive := a.units[name].rec.Exclusive
 	a.work(name, Stop, func(ctx context.Context) error {
-		if _, err := a.cfg.Systemd.Stop(ctx, name); err != nil {
+		if _, err := wait(ctx); err != nil {
 			return err
 		}
 		if !exclusive {

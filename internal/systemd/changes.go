@@ -75,11 +75,13 @@ func (c *Conn) Take() Change {
 }
 
 // DeliverSignal takes what systemd announces, in its order, from the
-// connection's own goroutine: it must not block.
+// connection's own goroutine: it must not block, but for StopAll.
 //
 // UnitNew and UnitRemoved say only what systemd keeps in memory. They are left
 // out, because asking for the status of an idle unit causes both.
 func (s *session) DeliverSignal(iface, member string, signal *dbus.Signal) {
+	s.listening.RLock()
+	defer s.listening.RUnlock()
 	switch iface + "." + member {
 	case "org.freedesktop.DBus.Properties.PropertiesChanged":
 		if escaped, ok := strings.CutPrefix(string(signal.Path), unitRoot); ok {

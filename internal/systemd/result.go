@@ -40,14 +40,51 @@ func (c *Conn) Start(ctx context.Context, name string) (Result, error) {
 // Stop stops the unit and waits until it has stopped, ExecStopPost= included.
 // A unit that is not loaded is stopped: Done. Errors are those of Start.
 func (c *Conn) Stop(ctx context.Context, name string) (Result, error) {
-	r, err := c.order(ctx, c.stops, manager+".StopUnit", name, "replace")
-	switch {
-	case errors.Is(err, ErrNoUnit):
-		return Done, nil
-	case err != nil:
-		return "", fmt.Errorf("stop %s: %w", name, err)
+	return stopped(name)(c.order(ctx, c.stops, manager+".StopUnit", name, "replace"))
+}
+
+// stopped makes of the end of an order the end of Stop.
+func stopped(name string) func(Result, error) (Result, error) {
+	return func(r Result, err error) (Result, error) {
+		switch {
+		case errors.Is(err, ErrNoUnit):
+			return Done, nil
+		case err != nil:
+			return "", fmt.Errorf("stop %s: %w", name, err)
+		}
+		return r, nil
 	}
-	return r, nil
+}
+
+// StopAll stops units as Stop does, and returns what waits for each of them, which
+// must be called. It asks for all that the crowd has room for before it listens to
+// systemd again, which would clear up after the first before it hears of the last.
+func (c *Conn) StopAll(ctx context.Context, names ...string) map[string]func(context.Context) (Result, error) {
+	waits := make(map[string]func(context.Context) (Result, error), len(names))
+	s, err := c.session(ctx)
+	if err == nil {
+		s.listening.Lock()
+		defer s.listening.Unlock()
+	}
+	for _, name := range names {
+		waits[name] = func(ctx context.Context) (Result, error) { return c.Stop(ctx, name) }
+		if err != nil || !c.stops.enterNow() {
+			continue
+		}
+		call := s.call(ctx, manager+".StopUnit", name, "replace")
+		waits[name] = func(ctx context.Context) (Result, error) {
+			j, err := s.accepted(ctx, call)
+			if err == nil {
+				s.begun(ctx, j)
+			}
+			c.stops.leave()
+			if err != nil {
+				return stopped(name)("", err)
+			}
+			return stopped(name)(s.end(ctx, j))
+		}
+	}
+	return waits
 }
 
 // Restart stops the unit if it runs, then starts it. Result and errors are
@@ -71,48 +108,62 @@ const (
 	stopCrowd  = 500 // takes systemd less time each; it kills all that it has begun to stop before it clears up after them
 )
 
+// enter waits for room. No crowd: at once.
+func (c crowd) enter(ctx context.Context) error {
+	if c == nil {
+		return nil
+	}
+	select {
+	case c <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (c crowd) enterNow() bool {
+	select {
+	case c <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (c crowd) leave() {
+	if c != nil {
+		<-c
+	}
+}
+
 // slow is after what time a job that has not begun may be waiting for another
 // one, which takes no time of systemd.
 const slow = 200 * time.Millisecond
 
 // order calls a method that answers with the path of a systemd job, and waits
-// for that to end. Any number may wait at a time. No crowd: at once.
+// for that to end. Any number may wait at a time.
 func (c *Conn) order(ctx context.Context, crowd crowd, method string, args ...any) (Result, error) {
-	if crowd != nil {
-		select {
-		case crowd <- struct{}{}:
-		case <-ctx.Done():
-			return "", ctx.Err()
-		}
+	if err := crowd.enter(ctx); err != nil {
+		return "", err
 	}
-	s, j, err := c.begin(ctx, method, args...)
-	if crowd != nil {
-		<-crowd
+	s, err := c.session(ctx)
+	var j *job
+	if err == nil {
+		j, err = s.accepted(ctx, s.call(ctx, method, args...))
 	}
+	if err == nil {
+		s.begun(ctx, j)
+	}
+	crowd.leave()
 	if err != nil {
 		return "", err
 	}
-	select {
-	case <-j.ended:
-		return j.result, nil
-	case <-s.bus.Context().Done():
-		return "", fmt.Errorf("%w: the connection to systemd was lost", ErrUnknown)
-	case <-ctx.Done():
-		return "", fmt.Errorf("%w: %w", ErrUnknown, ctx.Err())
-	}
+	return s.end(ctx, j)
 }
 
-// begin returns when systemd has begun with the job, or has nothing to do for
+// begun returns when systemd has begun with the job, or has nothing to do for
 // it now.
-func (c *Conn) begin(ctx context.Context, method string, args ...any) (*session, *job, error) {
-	s, err := c.session(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	j, err := s.enqueue(ctx, method, args...)
-	if err != nil {
-		return nil, nil, err
-	}
+func (s *session) begun(ctx context.Context, j *job) {
 	wait := time.NewTimer(slow)
 	defer wait.Stop()
 	select {
@@ -124,7 +175,18 @@ func (c *Conn) begin(ctx context.Context, method string, args ...any) (*session,
 		// Answered when systemd hears again. That it fails will show.
 		s.object.CallWithContext(ctx, "org.freedesktop.DBus.Peer.Ping", 0)
 	}
-	return s, j, nil
+}
+
+// end waits for the end of the job.
+func (s *session) end(ctx context.Context, j *job) (Result, error) {
+	select {
+	case <-j.ended:
+		return j.result, nil
+	case <-s.bus.Context().Done():
+		return "", fmt.Errorf("%w: the connection to systemd was lost", ErrUnknown)
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: %w", ErrUnknown, ctx.Err())
+	}
 }
 
 // A job is what systemd does because it was asked to.
@@ -134,16 +196,19 @@ type job struct {
 	ours         bool
 }
 
-// enqueue returns the job that the method's answer names, complete with what
-// was announced of it before the answer came.
-func (s *session) enqueue(ctx context.Context, method string, args ...any) (*job, error) {
+// call calls a method that answers with the path of a job.
+func (s *session) call(ctx context.Context, method string, args ...any) *dbus.Call {
 	s.mu.Lock()
 	s.calls++
 	s.mu.Unlock()
+	return s.object.GoWithContext(ctx, method, 0, make(chan *dbus.Call, 1), args...)
+}
 
+// accepted returns the job that the call's answer names, complete with what was
+// announced of it before the answer came.
+func (s *session) accepted(ctx context.Context, call *dbus.Call) (*job, error) {
 	var path dbus.ObjectPath
-	call := s.object.CallWithContext(ctx, method, 0, args...)
-	err := call.Err
+	err := (<-call.Done).Err
 	switch {
 	case err == nil:
 		err = call.Store(&path)

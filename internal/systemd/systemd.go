@@ -124,6 +124,8 @@ type session struct {
 	object  dbus.BusObject
 	changes *changes
 
+	listening sync.RWMutex // locked: what systemd announces waits
+
 	mu    sync.Mutex               // guards what follows
 	calls int                      // that will be answered with the path of a job
 	jobs  map[dbus.ObjectPath]*job // that somebody waits for, or may once such a call is answered
