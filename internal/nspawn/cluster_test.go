@@ -116,7 +116,7 @@ func TestPower(t *testing.T) {
 		}},
 	}
 	for _, s := range steps {
-		nspawntest.On(t, c, "n1", "touch /run/flotilla/left")
+		nspawntest.On(t, c, "n1", "touch /run/flotilla/left /run/flotilla/units/left /run/flotilla/agent/left")
 		if err := s.do(); err != nil {
 			t.Fatalf("%s: %v", s.what, err)
 		}
@@ -132,7 +132,7 @@ func TestPower(t *testing.T) {
 				t.Fatalf("%s: no new boot: %s, %v", s.what, out, err)
 			}
 		}
-		if got := nspawntest.On(t, c, "n1", "ls /run/flotilla"); got != "" {
+		if got := nspawntest.On(t, c, "n1", "find /run/flotilla -type f"); got != "" {
 			t.Errorf("%s: /run/flotilla has %s", s.what, got)
 		}
 	}
