@@ -192,7 +192,9 @@ func (a *Agent) unload(ctx context.Context, names []string) []string {
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !a.note(name) })
 	// Where nothing else was linked systemd need not look through all its folders.
-	installed := slices.DeleteFunc(slices.Clone(names), a.disk.isPlain)
+	installed := slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		return !a.units[name].rec.Installed && a.disk.isPlain(name)
+	})
 	enabled := a.failed(slices.Clone(installed), itself, a.cfg.Systemd.Disable(ctx, installed...))
 	return slices.DeleteFunc(names, func(name string) bool {
 		if slices.Contains(installed, name) && !slices.Contains(enabled, name) {
@@ -230,7 +232,7 @@ func (a *Agent) load(ctx context.Context, now *present, names []string) []string
 		if !was {
 			u.rec = record{Hash: w.Hash, Sum: w.Sum, Epoch: w.Epoch, Exclusive: w.Exclusive, Restarts: w.Restarts}
 		}
-		u.on = true
+		u.on, u.rec.Installed = true, old.Installed || e.install
 		if !a.note(name) {
 			u.rec, u.on = old, was
 			return true

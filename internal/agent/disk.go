@@ -25,8 +25,9 @@ type record struct {
 	Launched  bool   `json:"launched"`
 	Restarts  int64  `json:"restarts"`
 	Exclusive bool   `json:"exclusive"`
-	Whole     bool   `json:"whole"` // its files are complete, and systemd has read them
-	Doing     Action `json:"doing"` // start, stop or restart under way; "" if none
+	Whole     bool   `json:"whole"`               // its files are complete, and systemd has read them
+	Installed bool   `json:"installed,omitempty"` // some version of it here had an [Install] section
+	Doing     Action `json:"doing"`               // start, stop or restart under way; "" if none
 	// Before is the invocation of the unit before the restart under way: when it
 	// has another one, the restart was carried out.
 	Before string `json:"before,omitempty"`

@@ -61,14 +61,14 @@ func stopped(name string) func(Result, error) (Result, error) {
 // systemd again, which would clear up after the first before it hears of the last.
 func (c *Conn) StopAll(ctx context.Context, names ...string) map[string]func(context.Context) (Result, error) {
 	waits := make(map[string]func(context.Context) (Result, error), len(names))
-	s, err := c.session(ctx)
-	if err == nil {
+	s := c.head.Load().session
+	if s != nil {
 		s.listening.Lock()
 		defer s.listening.Unlock()
 	}
 	for _, name := range names {
 		waits[name] = func(ctx context.Context) (Result, error) { return c.Stop(ctx, name) }
-		if err != nil || !c.stops.enterNow() {
+		if s == nil || !c.stops.enterNow() {
 			continue
 		}
 		call := s.call(ctx, manager+".StopUnit", name, "replace")
