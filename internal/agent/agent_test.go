@@ -314,6 +314,27 @@ func TestSlowUnitHoldsUpNobody(t *testing.T) {
 	r.check()
 }
 
+// What an earlier version of a unit was installed in is undone when it leaves.
+func TestEarlierInstallIsUndone(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	r.place("web.service", service("run")+"[Install]\nWantedBy=multi-user.target\n", registry.Launched)
+	r.waitActive("web.service")
+	r.place("web.service", service("other"), registry.Launched)
+	r.wait("the new version", func() bool {
+		text, _ := os.ReadFile(filepath.Join(r.fake.units, "web.service"))
+		return string(text) == service("other") && r.fake.active("web.service") == "active"
+	})
+	r.delete(r.keys.Entry(r.machine.ID, "web.service"))
+	r.wait("its state to be gone", func() bool { return len(r.states()) == 0 })
+	r.fake.mu.Lock()
+	defer r.fake.mu.Unlock()
+	if len(r.fake.enabled) > 0 || len(r.fake.allLinks()) > 0 {
+		t.Errorf("enabled %v, linked %v", r.fake.enabled, r.fake.allLinks())
+	}
+}
+
 func TestForeignUnitIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
