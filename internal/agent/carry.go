@@ -98,8 +98,8 @@ func (a *Agent) needsReload(name string, e entry) bool {
 }
 
 // rest takes out of the steps the units whose loading needs systemd to read all
-// files again, if it has just done that and need not anyway: it is deaf meanwhile, and when many
-// units change one after the other it would do little else.
+// files again, if it has just done that and need not anyway: it is deaf meanwhile,
+// and when many units change one after the other it would do little else.
 func (a *Agent) rest(now *present, by map[Action][]Step) {
 	if a.reload || !time.Now().Before(a.reloadAfter) {
 		return

@@ -128,29 +128,26 @@ func (c *cli) listUnitsCommand() *cobra.Command {
 // listedStates returns what machines have of the units that args mean, all for
 // none: then also of units that were destroyed and are still stopping.
 func (r *unitRun) listedStates(cmd *cobra.Command, args []string) ([]placedState, error) {
-	states := []placedState{}
-	if r.fleet || len(args) == 0 {
-		var answer unitapi.States
-		if err := r.dial().Do(cmd.Context(), http.MethodGet, "/v1/states", nil, nil, &answer); err != nil {
-			return nil, r.notListed(err)
+	all := r.fleet || len(args) == 0
+	meant := map[string]bool{}
+	if !all {
+		list, err := r.listed(cmd, args)
+		if err != nil {
+			return nil, err
 		}
-		for _, st := range answer.States {
+		for _, u := range list {
+			meant[u.Name] = true
+		}
+	}
+	var answer unitapi.States
+	if err := r.dial().Do(cmd.Context(), http.MethodGet, "/v1/states", nil, nil, &answer); err != nil {
+		return nil, r.notListed(err)
+	}
+	states := []placedState{}
+	for _, st := range answer.States {
+		if all || meant[st.Unit] {
 			m := answer.Machines[st.Machine]
 			states = append(states, placedState{st, m.Node, m.Address})
-		}
-		return states, nil
-	}
-	list, err := r.listed(cmd, args)
-	if err != nil {
-		return nil, err
-	}
-	for _, u := range list {
-		slices.SortFunc(u.States, func(a, b unitapi.State) int { return strings.Compare(a.Machine, b.Machine) })
-		for _, st := range u.States {
-			if st.Load != "" { // else it only waits there
-				states = append(states, placedState{unitapi.UnitState{Unit: u.Name, Machine: st.Machine, Load: st.Load, Active: st.Active, Sub: st.Sub,
-					Hash: st.Hash, Epoch: st.Epoch, Launched: st.Launched, Restarts: st.Restarts, Trouble: st.Trouble, Waiting: st.Waiting}, st.Node, st.Address})
-			}
 		}
 	}
 	return states, nil

@@ -40,24 +40,23 @@ func (c *Conn) Start(ctx context.Context, name string) (Result, error) {
 // Stop stops the unit and waits until it has stopped, ExecStopPost= included.
 // A unit that is not loaded is stopped: Done. Errors are those of Start.
 func (c *Conn) Stop(ctx context.Context, name string) (Result, error) {
-	return stopped(name)(c.order(ctx, c.stops, manager+".StopUnit", name, "replace"))
+	r, err := c.order(ctx, c.stops, manager+".StopUnit", name, "replace")
+	return stopped(name, r, err)
 }
 
 // stopped makes of the end of an order the end of Stop.
-func stopped(name string) func(Result, error) (Result, error) {
-	return func(r Result, err error) (Result, error) {
-		switch {
-		case errors.Is(err, ErrNoUnit):
-			return Done, nil
-		case err != nil:
-			return "", fmt.Errorf("stop %s: %w", name, err)
-		}
-		return r, nil
+func stopped(name string, r Result, err error) (Result, error) {
+	switch {
+	case errors.Is(err, ErrNoUnit):
+		return Done, nil
+	case err != nil:
+		return "", fmt.Errorf("stop %s: %w", name, err)
 	}
+	return r, nil
 }
 
 // StopAll stops units as Stop does, and returns what waits for each of them, which
-// must be called. It asks for all that the crowd has room for before it listens to
+// must be called, all at once. It asks for all that the crowd has room for before it listens to
 // systemd again, which would clear up after the first before it hears of the last.
 func (c *Conn) StopAll(ctx context.Context, names ...string) map[string]func(context.Context) (Result, error) {
 	waits := make(map[string]func(context.Context) (Result, error), len(names))
@@ -67,21 +66,14 @@ func (c *Conn) StopAll(ctx context.Context, names ...string) map[string]func(con
 		defer s.listening.Unlock()
 	}
 	for _, name := range names {
-		waits[name] = func(ctx context.Context) (Result, error) { return c.Stop(ctx, name) }
 		if s == nil || !c.stops.enterNow() {
+			waits[name] = func(ctx context.Context) (Result, error) { return c.Stop(ctx, name) }
 			continue
 		}
 		call := s.call(ctx, manager+".StopUnit", name, "replace")
 		waits[name] = func(ctx context.Context) (Result, error) {
-			j, err := s.accepted(ctx, call)
-			if err == nil {
-				s.begun(ctx, j)
-			}
-			c.stops.leave()
-			if err != nil {
-				return stopped(name)("", err)
-			}
-			return stopped(name)(s.end(ctx, j))
+			r, err := s.wait(ctx, c.stops, call)
+			return stopped(name, r, err)
 		}
 	}
 	return waits
@@ -147,10 +139,17 @@ func (c *Conn) order(ctx context.Context, crowd crowd, method string, args ...an
 		return "", err
 	}
 	s, err := c.session(ctx)
-	var j *job
-	if err == nil {
-		j, err = s.accepted(ctx, s.call(ctx, method, args...))
+	if err != nil {
+		crowd.leave()
+		return "", err
 	}
+	return s.wait(ctx, crowd, s.call(ctx, method, args...))
+}
+
+// wait waits for the end of the job that the call asked for. It leaves the crowd
+// when systemd has begun with it.
+func (s *session) wait(ctx context.Context, crowd crowd, call *dbus.Call) (Result, error) {
+	j, err := s.accepted(ctx, call)
 	if err == nil {
 		s.begun(ctx, j)
 	}
@@ -158,7 +157,14 @@ func (c *Conn) order(ctx context.Context, crowd crowd, method string, args ...an
 	if err != nil {
 		return "", err
 	}
-	return s.end(ctx, j)
+	select {
+	case <-j.ended:
+		return j.result, nil
+	case <-s.bus.Context().Done():
+		return "", fmt.Errorf("%w: the connection to systemd was lost", ErrUnknown)
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: %w", ErrUnknown, ctx.Err())
+	}
 }
 
 // begun returns when systemd has begun with the job, or has nothing to do for
@@ -174,18 +180,6 @@ func (s *session) begun(ctx context.Context, j *job) {
 	case <-wait.C:
 		// Answered when systemd hears again. That it fails will show.
 		s.object.CallWithContext(ctx, "org.freedesktop.DBus.Peer.Ping", 0)
-	}
-}
-
-// end waits for the end of the job.
-func (s *session) end(ctx context.Context, j *job) (Result, error) {
-	select {
-	case <-j.ended:
-		return j.result, nil
-	case <-s.bus.Context().Done():
-		return "", fmt.Errorf("%w: the connection to systemd was lost", ErrUnknown)
-	case <-ctx.Done():
-		return "", fmt.Errorf("%w: %w", ErrUnknown, ctx.Err())
 	}
 }
 

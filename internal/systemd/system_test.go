@@ -431,6 +431,37 @@ func TestKept(t *testing.T) {
 	})
 }
 
+// More units than the crowd has room for, one that is none and one that is stopped.
+func TestStopAll(t *testing.T) {
+	c, ctx := connect(t), t.Context()
+	c.stops = make(crowd, 4)
+	var units, names []string
+	for i := range 12 {
+		names = append(names, fmt.Sprintf("all%d.service", i))
+		units = append(units, names[i], sleeper)
+	}
+	install(t, c, units...)
+	for _, name := range names[1:] {
+		wantResult(t, Done)(c.Start(ctx, name))
+	}
+	names = append(names, "nobody.service")
+	waits := c.StopAll(ctx, names...)
+	if len(waits) != len(names) {
+		t.Fatalf("%d waits for %d units", len(waits), len(names))
+	}
+	var ended sync.WaitGroup
+	for _, wait := range waits {
+		ended.Go(func() { wantResult(t, Done)(wait(ctx)) })
+	}
+	ended.Wait()
+	for _, name := range names[:12] {
+		wantStatus(t, c, name, "loaded inactive dead")
+	}
+	if len(c.stops) > 0 {
+		t.Errorf("%d are still in the crowd", len(c.stops))
+	}
+}
+
 func TestManyUnits(t *testing.T) {
 	const n = 500
 	c, ctx := connect(t), t.Context()
