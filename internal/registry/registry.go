@@ -25,6 +25,8 @@ import (
 	"maps"
 	"strconv"
 	"strings"
+
+	"flotilla/internal/unit"
 )
 
 // Version is the "v" of the records written here. Records of a higher version
@@ -56,23 +58,17 @@ func (k Keys) EngineElection() string            { return k.Prefix + "leaders/en
 const Global = "global"
 
 // Desired is what somebody wants of a unit.
-type Desired string
+type Desired = unit.Desired
 
-// In this order: each is more than the one before.
+// See unit.Desired.
 const (
-	Inactive Desired = "inactive" // known to the cluster, on no machine
-	Loaded   Desired = "loaded"   // on a machine and known to its systemd, not started
-	Launched Desired = "launched" // started once; systemd's Restart= does the rest
+	Inactive = unit.Inactive
+	Loaded   = unit.Loaded
+	Launched = unit.Launched
 )
 
 // ParseDesired reads a desired state. The error lists the three.
-func ParseDesired(s string) (Desired, error) {
-	switch d := Desired(s); d {
-	case Inactive, Loaded, Launched:
-		return d, nil
-	}
-	return "", fmt.Errorf("invalid desired state %q: must be %s, %s or %s", s, Inactive, Loaded, Launched)
-}
+func ParseDesired(s string) (Desired, error) { return unit.ParseDesired(s) }
 
 // Unit is what is wanted of one unit.
 type Unit struct {
