@@ -197,6 +197,7 @@ func (s *Server) Handler() http.Handler {
 	handle("POST /v1/drain", func(*http.Request) (any, error) { return s.drain(true) })
 	handle("DELETE /v1/drain", func(*http.Request) (any, error) { return s.drain(false) })
 	handle("POST /v1/confirm", s.confirm)
+	handle("DELETE /v1/store/members/{member}", s.removeMember)
 	for _, register := range s.More {
 		register(mux)
 	}

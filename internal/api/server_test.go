@@ -302,6 +302,17 @@ func TestDrainAndNodes(t *testing.T) {
 	}
 }
 
+func TestRemoveMember(t *testing.T) {
+	w := newWorld(t)
+	wantCode(t, w.client.RemoveMember(t.Context(), "n9-abc"), client.CodeNotFound, "has no such member")
+	n, err := w.client.Nodes(t.Context())
+	if err != nil || len(n.Store.Members) != 1 {
+		t.Fatalf("%+v, %v", n.Store, err)
+	}
+	// The only member cannot go.
+	wantCode(t, w.client.RemoveMember(t.Context(), n.Store.Members[0].ID), client.CodeConflict, "does not change its members")
+}
+
 func TestConfirm(t *testing.T) {
 	w := newWorld(t)
 	b := catalog.NewBuilder(catalog.Policy{})

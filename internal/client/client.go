@@ -278,6 +278,12 @@ func (c *Client) Confirm(ctx context.Context) (Written, error) {
 	return w, err
 }
 
+// RemoveMember takes the member of that name or ID out of the store for good.
+// With code conflict the store is not ready for that yet.
+func (c *Client) RemoveMember(ctx context.Context, member string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/store/members/"+neturl.PathEscape(member), nil, nil, nil)
+}
+
 // Ops fetches one of the pages on the operations socket, such as "/readyz".
 // ok is false if the node says that the check does not pass.
 func (c *Client) Ops(ctx context.Context, path string) (text string, ok bool, err error) {

@@ -275,6 +275,23 @@ func TestTwoMembersStayOneVoter(t *testing.T) {
 	third.Start()
 	third.Ready()
 	storetest.Wait(t, 30*time.Second, "three voters", func() bool { return len(storetest.Voters(first.Endpoint())) == 3 })
+
+	// One is taken out again, by its name.
+	c := open(t, first.Endpoint())
+	if err := c.RemoveMember(t.Context(), "n9"); !errors.Is(err, store.ErrNoMember) {
+		t.Errorf("a member that is not there: %v", err)
+	}
+	at := slices.IndexFunc(c.Status(t.Context()).Members, func(m store.Member) bool { return m.Endpoint == third.Endpoint() })
+	name := c.Status(t.Context()).Members[at].Name
+	var err error
+	storetest.Wait(t, 30*time.Second, "the store to let a member go", func() bool {
+		err = c.RemoveMember(t.Context(), name)
+		return !errors.Is(err, store.ErrUnhealthy) // as long as the third has just started
+	})
+	if err != nil || len(c.Status(t.Context()).Members) != 2 {
+		t.Errorf("after its removal: %+v, %v", c.Status(t.Context()).Members, err)
+	}
+	third.Ended()
 }
 
 func TestServeRefuses(t *testing.T) {
