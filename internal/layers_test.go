@@ -27,6 +27,7 @@ var packages = map[string]struct {
 }{
 	// Leaves, each for one thing that has nothing to do with clusters.
 	"durable": {layer: 0},
+	"feed":    {layer: 0},
 	"text":    {layer: 0},
 
 	"catalog": {layer: 1},
@@ -35,15 +36,14 @@ var packages = map[string]struct {
 	"wire":       {layer: 2},
 	"nodeconfig": {layer: 2, mustNotKnow: []string{"catalog"}},
 
-	"client":   {layer: 3, mustNotKnow: []string{"unit"}},
-	"child":    {layer: 3, mustNotKnow: []string{"catalog"}},
-	"haproxy":  {layer: 3, mustNotKnow: []string{"catalog"}},
-	"nspawn":   {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
-	"peer":     {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
-	"remote":   {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
-	"store":    {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
-	"systemd":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
-	"registry": {layer: 3, mustNotKnow: []string{"catalog"}},
+	"client":  {layer: 3, mustNotKnow: []string{"unit"}},
+	"child":   {layer: 3, mustNotKnow: []string{"catalog"}},
+	"haproxy": {layer: 3, mustNotKnow: []string{"catalog"}},
+	"nspawn":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
+	"peer":    {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
+	"remote":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
+	"store":   {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
+	"systemd": {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 
 	"state":   {layer: 4, mustNotKnow: []string{"systemd", "haproxy"}},
 	"unitapi": {layer: 4, mustNotKnow: []string{"store", "systemd", "haproxy", "catalog"}},
@@ -169,14 +169,16 @@ func known(pkg string) bool {
 }
 
 // pure reports whether a file decides and does nothing else. The engine's plan
-// fills all of its package but the loop, and what is in registry and unit decides
+// fills all of its package but the loop, and what is in state and unit decides
 // for engine and agents alike.
 func pure(pkg, base string) bool {
 	switch pkg {
 	case "engine":
 		return base != "engine.go"
-	case "registry", "unit":
+	case "unit":
 		return true
+	case "state":
+		return base != "feed.go"
 	}
 	return base == "plan.go"
 }

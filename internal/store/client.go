@@ -244,6 +244,13 @@ func (c *Client) Get(ctx context.Context, key string) (KV, bool, error) {
 	return kvOf(resp.Kvs[0]), true, nil
 }
 
+// Revision returns the revision of the store, from a linearizable read of key,
+// which need not exist.
+func (c *Client) Revision(ctx context.Context, key string) (int64, error) {
+	f := c.readAlone(ctx, key)
+	return f.revision, f.err
+}
+
 // List reads all keys that begin with prefix, sorted, as they were at one
 // revision, which it returns.
 func (c *Client) List(ctx context.Context, prefix string) ([]KV, int64, error) {

@@ -3,116 +3,58 @@ package store
 import (
 	"context"
 	"errors"
-	"fmt"
-	"log/slog"
-	"strings"
 	"time"
 
-	"go.etcd.io/etcd/client/v3/concurrency"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// leaderTTL is how long a leader that died keeps the others waiting.
-const leaderTTL = 5 // seconds
+// holdTTL is how long the key of a holder that died stays, in seconds.
+const holdTTL = 5
 
-// Lead takes part in the election below prefix until ctx ends, and returns nil
-// then. Whenever this process is elected it calls lead, with a context that ends
-// when the leadership is lost and a condition that holds as long as it is not:
-// every write of the leader carries it, so that one who was deposed and does not
-// know yet cannot write. When lead returns, the leadership is given up, and
-// after a second this process stands for election again. value is what others
-// can read of the leader: its name or its address.
-func (c *Client) Lead(ctx context.Context, prefix, value string, log *slog.Logger, lead func(ctx context.Context, leader Cond) error) error {
-	away := false
-	for ctx.Err() == nil {
-		err := c.leadOnce(ctx, prefix, value, lead)
-		if ctx.Err() != nil {
-			break
-		}
-		switch {
-		case errors.Is(err, errNotElected):
-			if !away {
-				log.Warn("cannot take part in the election: trying again", "election", prefix, "err", err)
-			}
-			away = true
-		case err != nil:
-			log.Warn("leadership ended", "election", prefix, "err", err)
-			away = false
-		}
-		select {
-		case <-time.After(jitter(time.Second)):
-		case <-ctx.Done():
-		}
-	}
-	return nil
-}
+// errLeaseLost cancels the context of a holder whose lease was not renewed in time.
+var errLeaseLost = errors.New("the lease was lost")
 
-// errNotElected: the election could not be waited for to its end.
-var errNotElected = errors.New("no election")
-
-// errDeposed is the cause of a leader's context that ends.
-var errDeposed = errors.New("the leadership was lost")
-
-func (c *Client) leadOnce(ctx context.Context, prefix, value string, lead func(ctx context.Context, leader Cond) error) (err error) {
+// Hold writes a key that only one client can have, and runs holding while this one
+// does: with a context that ends when the lease of the key is lost, a condition
+// that holds as long as the key is there, and the revision of its creation. The
+// key is deleted when holding returns, whose error Hold returns; or within 5 s, if
+// the store is away then.
+//
+// ErrConflict: somebody has the key. Other errors: the store's.
+func (c *Client) Hold(ctx context.Context, key, value string, holding func(ctx context.Context, held Cond, created int64) error) error {
 	gctx, granted := context.WithTimeout(ctx, writeLimit)
-	lease, err := c.etcd.Grant(gctx, leaderTTL)
-	granted()
+	defer granted()
+	lease, err := c.etcd.Grant(gctx, holdTTL)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errNotElected, c.explain("get a lease", err))
+		return c.explain("get a lease", err)
 	}
-	session, err := concurrency.NewSession(c.etcd, concurrency.WithLease(lease.ID), concurrency.WithContext(ctx))
-	if err != nil {
-		return fmt.Errorf("%w: %w", errNotElected, c.explain("keep a lease", err))
-	}
-	defer func() {
-		// The lease is revoked with a context of its own: ctx may have ended. If
-		// the store is away it expires.
-		session.Orphan()
+	defer func() { // with a context of its own: ctx may have ended
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		_, _ = c.etcd.Revoke(rctx, lease.ID)
+		_, _ = c.etcd.Revoke(rctx, lease.ID) // it expires anyway
 	}()
-	lctx, stop := context.WithCancelCause(ctx)
+	created, err := c.Apply(gctx, []Op{{clientv3.OpPut(key, value, clientv3.WithLease(lease.ID))}}, Missing(key))
+	if err != nil {
+		return err
+	}
+	hctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	renewals, err := c.etcd.KeepAlive(hctx, lease.ID)
+	if err != nil {
+		return c.explain("keep a lease", err)
+	}
+	ended := make(chan struct{})
+	defer func() { <-ended }()
 	defer stop(nil)
 	go func() {
-		select {
-		case <-session.Done():
-			stop(errDeposed)
-		case <-lctx.Done():
+		defer close(ended)
+		for range renewals {
 		}
+		stop(errLeaseLost)
 	}()
-	// The prefix of concurrency has no slash at its end.
-	election := concurrency.NewElection(session, strings.TrimSuffix(prefix, "/"))
-	if err := election.Campaign(lctx, value); err != nil {
-		return fmt.Errorf("%w: %w", errNotElected, c.explain("wait to be elected", err))
-	}
-	go func() { // somebody may delete the key while the lease lives on
-		_ = c.Watch(lctx, election.Key(), election.Rev()+1, func(events []Event) error {
-			for _, e := range events {
-				if e.Deleted {
-					stop(errDeposed)
-				}
-			}
-			return nil
-		})
-	}()
-	err = lead(lctx, CreatedAt(election.Key(), election.Rev()))
-	if cause := context.Cause(lctx); ctx.Err() == nil && cause != nil {
+	err = holding(hctx, CreatedAt(key, created), created)
+	if cause := context.Cause(hctx); errors.Is(cause, errLeaseLost) && ctx.Err() == nil {
 		return cause
 	}
 	return err
-}
-
-// Leader returns the value of who leads below prefix; false if nobody does.
-func (c *Client) Leader(ctx context.Context, prefix string) (value string, ok bool, err error) {
-	keys, _, err := c.List(ctx, strings.TrimSuffix(prefix, "/")+"/")
-	if err != nil {
-		return "", false, err
-	}
-	var first KV // the oldest key has won
-	for _, kv := range keys {
-		if first.Key == "" || kv.CreateRevision < first.CreateRevision {
-			first = kv
-		}
-	}
-	return first.Value, first.Key != "", nil
 }

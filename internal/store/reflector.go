@@ -21,6 +21,7 @@ import (
 type Update struct {
 	Revision int64   // store revision that this update leads to; lower than before only after a hold
 	Reset    bool    // Items replace everything that was delivered before
+	Prefix   string  // of Items, when Reset
 	Items    []KV    // the complete state by key, when Reset
 	Events   []Event // what changed, in revision order, unless Reset
 	Drift    bool    // this Reset is the periodic check: it must not change anything
@@ -58,21 +59,26 @@ type Reflector struct {
 	freshKey string
 	log      *slog.Logger
 	accepted chan struct{}
+	look     chan struct{} // one slot: what is followed has changed, or somebody waits for a revision
 
 	freshPeriod time.Duration // 2 s, +-20 %
 	checkPeriod time.Duration // 10 min, +-20 %
 	holdLimit   time.Duration // 10 min
 
-	mu     sync.Mutex
-	status Status // guarded by mu
+	mu      sync.Mutex
+	status  Status        // guarded by mu
+	wanted  string        // the prefix to follow; guarded by mu
+	reached chan struct{} // closed when status.Revision grows; guarded by mu
 }
 
 // NewReflector returns a Reflector of all keys that begin with prefix. freshKey
 // is any key; it need not exist. Its value is in Status.
 func NewReflector(c *Client, prefix, freshKey string, log *slog.Logger) *Reflector {
 	return &Reflector{
-		c: c, prefix: prefix, freshKey: freshKey, log: log.With("prefix", prefix),
+		c: c, prefix: prefix, wanted: prefix, freshKey: freshKey, log: log.With("prefix", prefix),
 		accepted:    make(chan struct{}, 1),
+		look:        make(chan struct{}, 1),
+		reached:     make(chan struct{}),
 		freshPeriod: 2 * time.Second,
 		checkPeriod: 10 * time.Minute,
 		holdLimit:   10 * time.Minute,
@@ -97,10 +103,60 @@ func (r *Reflector) AcceptEpoch() {
 	}
 }
 
+// Follow has the Reflector follow another prefix from now on. The first Update of
+// it is a Reset with that prefix; until then what was delivered stands.
+func (r *Reflector) Follow(prefix string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.wanted != prefix {
+		r.wanted = prefix
+		r.poke()
+	}
+}
+
+// following returns the prefix that is to be followed.
+func (r *Reflector) following() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.wanted
+}
+
+// Reach returns when everything up to a revision of the store was delivered. It
+// has the watch asked at once how far it is. It fails only with the end of ctx.
+func (r *Reflector) Reach(ctx context.Context, revision int64) error {
+	for asked := false; ; asked = true {
+		r.mu.Lock()
+		there, reached := r.status.Lists > 0 && r.status.Revision >= revision, r.reached
+		if !there && !asked {
+			r.poke()
+		}
+		r.mu.Unlock()
+		if there {
+			return nil
+		}
+		select {
+		case <-reached:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (r *Reflector) poke() {
+	select {
+	case r.look <- struct{}{}:
+	default:
+	}
+}
+
 func (r *Reflector) set(change func(*Status)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	change(&r.status)
+	revision := r.status.Revision
+	if change(&r.status); r.status.Revision != revision {
+		close(r.reached)
+		r.reached = make(chan struct{})
+	}
 }
 
 // answerLimit is how long a watch may take to say how far it is. It is asked
@@ -109,8 +165,10 @@ const answerLimit, askAgain = time.Second, 200 * time.Millisecond
 
 var (
 	errRelist = errors.New("the watch cannot go on from where it was")
-	errHeld   = errors.New("the store holds another cluster or an older state than before: nothing is changed until this is confirmed")
-	errStuck  = errors.New("the watch does not answer")
+	// errSwitched ends a run because something else is to be followed.
+	errSwitched = errors.New("another prefix is to be followed")
+	errHeld     = errors.New("the store holds another cluster or an older state than before: nothing is changed until this is confirmed")
+	errStuck    = errors.New("the watch does not answer")
 )
 
 // Run follows the prefix until ctx ends, and returns nil then. It calls apply
@@ -123,6 +181,10 @@ func (r *Reflector) Run(ctx context.Context, apply func(Update) (changed int)) e
 		err := s.run(ctx)
 		if ctx.Err() != nil {
 			return nil
+		}
+		if errors.Is(err, errSwitched) {
+			s.relist = true
+			continue
 		}
 		if s.proved {
 			attempt = 0
@@ -186,6 +248,7 @@ func (s *session) load(ctx context.Context) error {
 			return err
 		}
 	}
+	s.prefix = s.following()
 	items, at, err := s.c.list(ctx, s.prefix, 0)
 	if err != nil {
 		return err
@@ -195,7 +258,7 @@ func (s *session) load(ctx context.Context) error {
 	}
 	s.hold = time.Time{}
 	s.known = at
-	s.apply(Update{Revision: at.revision, Reset: true, Items: items})
+	s.apply(Update{Revision: at.revision, Reset: true, Prefix: s.prefix, Items: items})
 	s.set(func(st *Status) { st.Lists++; st.Held = false })
 	s.confirm(began)
 	return nil
@@ -359,6 +422,17 @@ func (s *session) follow(ctx context.Context) error {
 				return err
 			}
 
+		case <-s.look:
+			if s.prefix != s.following() {
+				return errSwitched
+			}
+			if asked.IsZero() {
+				asked = time.Now()
+			}
+			if err := ask(); err != nil {
+				return err
+			}
+
 		case <-again.C:
 			if asked.IsZero() {
 				continue
@@ -393,7 +467,7 @@ func (s *session) planCheck() { s.nextCheck = time.Now().Add(jitter(s.checkPerio
 
 // compare delivers the result of the periodic check.
 func (s *session) compare(items []KV) {
-	changed := s.apply(Update{Revision: s.known.revision, Reset: true, Items: items, Drift: true})
+	changed := s.apply(Update{Revision: s.known.revision, Reset: true, Prefix: s.prefix, Items: items, Drift: true})
 	s.set(func(st *Status) {
 		st.Lists++
 		if changed > 0 {

@@ -1,4 +1,4 @@
-package registry
+package state
 
 import (
 	"cmp"
@@ -8,18 +8,18 @@ import (
 	"flotilla/internal/unit"
 )
 
-// Claim is one unit that is, or may be, on a machine.
+// Claim is one unit that is, or may be, on a node.
 type Claim struct {
 	Name         string
 	Requirements *unit.Requirements
-	Epoch        int64 // of its Entry
+	Epoch        int64 // of its Placement; for a global unit the create revision of its record
 }
 
-// GlobalsOn says which global units run on a machine and, for the others, why
+// GlobalsOn says which global units run on a node and, for the others, why
 // they do not. Engine and agents have to come to the same result, from what
-// each of them knows: the machine's ID and merged metadata, the units placed on
+// each of them knows: the node's ID and merged metadata, the units placed on
 // it, and all global units that shall be loaded or launched. Of two units in
-// conflict the one with the lower epoch has the machine: nobody is evicted by
+// conflict the one with the lower epoch has the node: nobody is evicted by
 // who came later.
 func GlobalsOn(id string, metadata map[string]string, placed, globals []Claim) (run []string, refused map[string]string) {
 	order := slices.SortedFunc(slices.Values(globals), func(a, b Claim) int {
@@ -57,7 +57,7 @@ func conflict(g Claim, others []Claim) string {
 }
 
 // Conflict reports whether one of two units does not want to be on the same
-// machine as the other.
+// node as the other.
 func Conflict(a, b Claim) bool {
 	if a.Name == b.Name {
 		return false

@@ -1,4 +1,4 @@
-package registry
+package state
 
 import (
 	"strings"
@@ -10,14 +10,14 @@ import (
 )
 
 func TestDecodeRefusesNewerVersions(t *testing.T) {
-	if _, err := Decode[Unit](`{"v":2,"text":"x"}`); err == nil || !strings.Contains(err.Error(), "upgrade") {
+	if _, err := Decode[UnitRecord](`{"v":2,"text":"x"}`); err == nil || !strings.Contains(err.Error(), "upgrade") {
 		t.Errorf("got %v, want a refusal that says to upgrade", err)
 	}
-	if _, err := Decode[Unit](`[1]`); err == nil {
+	if _, err := Decode[UnitRecord](`[1]`); err == nil {
 		t.Error("a list was read as a unit")
 	}
-	want := Entry{V: Version, Text: "[Service]\nExecStart=/bin/true\n", Desired: Launched, Epoch: 7, Generation: 3}
-	got, err := Decode[Entry](Encode(want))
+	want := Placement{V: Version, Node: "m1", Generation: 3, Epoch: 7, Approved: "abc", Reason: "it has room"}
+	got, err := Decode[Placement](Encode(want))
 	if err != nil || got != want {
 		t.Errorf("got %v, %v, want %v", got, err, want)
 	}
@@ -65,13 +65,33 @@ func TestGlobalsOn(t *testing.T) {
 	}
 }
 
-func TestCheckMachineID(t *testing.T) {
-	for _, bad := range []string{"", "global", "a/b", "a b", strings.Repeat("x", 65)} {
-		if CheckMachineID(bad) == nil {
+func TestCheckNodeID(t *testing.T) {
+	for _, bad := range []string{"", "a/b", "a b", strings.Repeat("x", 65)} {
+		if CheckNodeID(bad) == nil {
 			t.Errorf("%q was accepted", bad)
 		}
 	}
-	if err := CheckMachineID("0123456789abcdef0123456789abcdef"); err != nil {
+	if err := CheckNodeID("0123456789abcdef0123456789abcdef"); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a newer program has added to a record survives a rewrite by this one.
+func TestUnknownFieldsAreKept(t *testing.T) {
+	item := Item[Settings]{}.next(`{"v":1,"cordon":true,"quota":{"disk":5},"metadata":{"a":"b"}}`, 3, 4)
+	if item.Problem != "" || !item.Value.Cordon || item.Value.Metadata["a"] != "b" {
+		t.Fatalf("got %+v", item)
+	}
+	item.Value.Cordon = false
+	if got, want := item.With(item.Value), `{"metadata":{"a":"b"},"quota":{"disk":5},"v":1}`; got != want {
+		t.Errorf("rewritten as %s, want %s", got, want)
+	}
+}
+
+// A record that cannot be read keeps its last readable value.
+func TestLastReadableValue(t *testing.T) {
+	item := Item[Settings]{}.next(`{"v":1,"drain":true}`, 3, 4).next(`{"v":2}`, 3, 5)
+	if item.Usable() || !item.Exists() || !item.Value.Drain || item.Modified != 5 || !strings.Contains(item.Problem, "upgrade") {
+		t.Errorf("got %+v", item)
 	}
 }
