@@ -109,3 +109,39 @@ func TestPresenceLingers(t *testing.T) {
 		t.Errorf("the key outlives its lease that was given up (%v)", err)
 	}
 }
+
+func TestPresenceConfirmed(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	etcd := raw(t, endpoint)
+	proxy := storetest.NewProxy(t, endpoint)
+	p := store.NewPresence(open(t, proxy.Endpoint()), 2*time.Second, logger(t))
+	if !p.Confirmed().IsZero() {
+		t.Error("confirmed before there is a lease")
+	}
+	before := time.Now()
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	<-p.Beats()
+	first := p.Confirmed()
+	if !first.After(before) {
+		t.Errorf("confirmed at %v, before it was asked at %v", first, before)
+	}
+	storetest.Wait(t, 30*time.Second, "a renewal", func() bool { return p.Confirmed().After(first) })
+
+	proxy.Freeze()
+	storetest.Wait(t, 30*time.Second, "the lease to expire", func() bool {
+		leases, err := etcd.Leases(t.Context())
+		return err == nil && len(leases.Leases) == 0
+	})
+	if age := time.Since(p.Confirmed()); age < 2*time.Second {
+		t.Errorf("the lease expired %v after the last confirmation, sooner than its TTL", age)
+	}
+	proxy.Thaw()
+	storetest.Wait(t, 30*time.Second, "a new lease", func() bool { return time.Since(p.Confirmed()) < time.Second })
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

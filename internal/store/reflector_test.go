@@ -350,3 +350,70 @@ func TestReflectorLoadsManyKeys(t *testing.T) {
 		t.Errorf("%d keys, want %d", n, keys)
 	}
 }
+
+// Reach returns as soon as everything up to a revision is there, also if what was
+// written is none of the prefix, and long before the reflector would look by itself.
+func TestReflectorReaches(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	etcd := raw(t, endpoint)
+	r := store.NewReflector(open(t, endpoint), "/p/", "/fresh", logger(t))
+	r.SetPeriods(time.Hour, time.Hour, time.Hour)
+	m := reflect(t, r)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for i := range 5 {
+		revision := put(t, etcd, "/p/a", fmt.Sprint(i))
+		if err := r.Reach(ctx, revision); err != nil {
+			t.Fatal(err)
+		}
+		if got := m.copy()["/p/a"]; got != fmt.Sprint(i) {
+			t.Fatalf("reached revision %d with %q, want %d", revision, got, i)
+		}
+		if err := r.Reach(ctx, put(t, etcd, "/elsewhere", "x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	short, stop := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer stop()
+	if err := r.Reach(short, 1<<40); err == nil {
+		t.Error("a revision of the future was reached")
+	}
+}
+
+// Another prefix is followed by the same reflector from then on, with one watch.
+func TestReflectorFollowsAnotherPrefix(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	etcd := raw(t, endpoint)
+	r := store.NewReflector(open(t, endpoint), "/p/narrow/", "/fresh", logger(t))
+	put(t, etcd, "/p/narrow/a", "1")
+	put(t, etcd, "/p/b", "1")
+	m := reflect(t, r)
+	has := func(want map[string]string) func() bool {
+		return func() bool { return maps.Equal(m.copy(), want) }
+	}
+	storetest.Wait(t, 20*time.Second, "the narrow prefix", has(map[string]string{"/p/narrow/a": "1"}))
+	r.Follow("/p/")
+	storetest.Wait(t, 20*time.Second, "all", has(map[string]string{"/p/narrow/a": "1", "/p/b": "1"}))
+	put(t, etcd, "/p/b", "2")
+	storetest.Wait(t, 20*time.Second, "a change of the wide prefix", has(map[string]string{"/p/narrow/a": "1", "/p/b": "2"}))
+	r.Follow("/p/narrow/")
+	storetest.Wait(t, 20*time.Second, "the narrow prefix again", has(map[string]string{"/p/narrow/a": "1"}))
+	put(t, etcd, "/p/narrow/a", "3")
+	storetest.Wait(t, 20*time.Second, "a change of the narrow prefix", has(map[string]string{"/p/narrow/a": "3"}))
+	if st := r.Status(); st.Drift != 0 || st.Restarts != 0 {
+		t.Errorf("a switch counts as drift or restart: %+v", st)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var prefixes []string
+	for _, u := range m.updates {
+		if u.Reset {
+			prefixes = append(prefixes, u.Prefix)
+		}
+	}
+	if diff := cmp.Diff([]string{"/p/narrow/", "/p/", "/p/narrow/"}, prefixes); diff != "" {
+		t.Error(diff)
+	}
+}
