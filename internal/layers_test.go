@@ -36,7 +36,7 @@ var packages = map[string]struct {
 	"wire":       {layer: 2},
 	"nodeconfig": {layer: 2, mustNotKnow: []string{"catalog"}},
 
-	"client":  {layer: 3, mustNotKnow: []string{"unit"}},
+	"client":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 	"child":   {layer: 3, mustNotKnow: []string{"catalog"}},
 	"haproxy": {layer: 3, mustNotKnow: []string{"catalog"}},
 	"nspawn":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
@@ -45,8 +45,7 @@ var packages = map[string]struct {
 	"store":   {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 	"systemd": {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 
-	"state":   {layer: 4, mustNotKnow: []string{"systemd", "haproxy"}},
-	"unitapi": {layer: 4, mustNotKnow: []string{"store", "systemd", "haproxy", "catalog"}},
+	"state": {layer: 4, mustNotKnow: []string{"systemd", "haproxy"}},
 
 	"agent":  {layer: 5, mustNotKnow: []string{"haproxy", "catalog"}},
 	"dns":    {layer: 5, mustNotKnow: []string{"haproxy"}},

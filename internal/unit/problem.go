@@ -11,12 +11,12 @@ import (
 // Problem is one thing that is wrong with a unit file: where it is, what is
 // wrong and what to do about it.
 type Problem struct {
-	Line    int    // in the file, from 1
-	Key     string // the option, "" if the problem is not about one
-	Value   string // what it holds, shortened, quoted if it is not printable
-	Reason  string // what is wrong
-	Remedy  string // what to do about it
-	Warning bool   // the unit is accepted all the same
+	Line    int    `json:"line,omitempty"`    // in the file, from 1
+	Key     string `json:"key,omitempty"`     // the option, "" if the problem is not about one
+	Value   string `json:"value,omitempty"`   // what it holds, shortened, quoted if it is not printable
+	Reason  string `json:"reason"`            // what is wrong
+	Remedy  string `json:"remedy,omitempty"`  // what to do about it
+	Warning bool   `json:"warning,omitempty"` // the unit is accepted all the same
 }
 
 // Error gives the problem as one line.
