@@ -8,12 +8,12 @@ import (
 	"sync"
 	"time"
 
-	"flotilla/internal/unitapi"
+	"flotilla/internal/wire"
 )
 
-// stream is what is read from one machine about some of its units.
+// stream is what is read from one node about some of its units.
 type stream struct {
-	machine string
+	node    string // its ID
 	units   []string
 	cursor  string // of the last line
 	begun   bool   // it has said what was there
@@ -24,7 +24,7 @@ type stream struct {
 // event is a line of a stream, or its end.
 type event struct {
 	from  *stream
-	line  unitapi.JournalLine
+	line  wire.JournalLine
 	ended bool
 }
 
@@ -42,12 +42,12 @@ type follower struct {
 }
 
 type arrival struct {
-	unitapi.JournalLine
+	wire.JournalLine
 	at time.Time
 }
 
 // follow shows what is there and then what is new, until ctx ends or nobody
-// reads. Units that start on a machine meanwhile are found.
+// reads. Units that start on a node meanwhile are found.
 func (s *Server) follow(ctx context.Context, q question, v view, out *writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var readers sync.WaitGroup
@@ -68,8 +68,8 @@ func (s *Server) follow(ctx context.Context, q question, v view, out *writer) er
 					return errEnough
 				}
 			}
-			_ = s.from(ctx, v, st.machine, mine, func(l unitapi.JournalLine) error { return tell(event{from: st, line: l}) }) // what failed is a line
-			_ = tell(event{from: st, ended: true})                                                                            // or nobody listens
+			_ = s.from(ctx, v, st.node, mine, func(l wire.JournalLine) error { return tell(event{from: st, line: l}) }) // what failed is a line
+			_ = tell(event{from: st, ended: true})                                                                      // or nobody listens
 		})
 	}
 	f.start(read)
@@ -132,7 +132,7 @@ func (f *follower) start(read func(*stream)) {
 			missing[name] = true
 		}
 		for _, st := range f.streams {
-			if st.machine != id {
+			if st.node != id {
 				continue
 			}
 			for _, name := range st.units {
@@ -140,7 +140,7 @@ func (f *follower) start(read func(*stream)) {
 			}
 		}
 		if len(missing) > 0 {
-			f.streams = append(f.streams, &stream{machine: id, units: slices.Sorted(maps.Keys(missing))})
+			f.streams = append(f.streams, &stream{node: id, units: slices.Sorted(maps.Keys(missing))})
 		}
 	}
 	f.streams = slices.DeleteFunc(f.streams, func(st *stream) bool { return !st.running && !f.wanted(st) })
@@ -154,7 +154,7 @@ func (f *follower) start(read func(*stream)) {
 
 // wanted reports whether one of the stream's units may still be there.
 func (f *follower) wanted(st *stream) bool {
-	return slices.ContainsFunc(st.units, func(name string) bool { return slices.Contains(f.view.units[st.machine], name) })
+	return slices.ContainsFunc(st.units, func(name string) bool { return slices.Contains(f.view.units[st.node], name) })
 }
 
 func (f *follower) take(e event) {

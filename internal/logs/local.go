@@ -16,15 +16,15 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/systemd"
-	"flotilla/internal/unitapi"
+	"flotilla/internal/wire"
 )
 
 // errEnough: the reader wants no more.
 var errEnough = errors.New("enough")
 
-// own returns those of the names whose units are on this machine.
+// own returns those of the names whose units are on this node.
 func (s *Server) own(names []string) []string {
 	have := map[string]bool{}
 	for _, name := range s.Own() {
@@ -39,12 +39,12 @@ func (s *Server) own(names []string) []string {
 	return found
 }
 
-// local hands over the lines of this machine's own units: what is there, one line
+// local hands over the lines of this node's own units: what is there, one line
 // with Live set, and then, following, what is new, until ctx ends.
-func (s *Server) local(ctx context.Context, q question, each func(unitapi.JournalLine) error) error {
+func (s *Server) local(ctx context.Context, q question, each func(wire.JournalLine) error) error {
 	units := s.own(q.units)
 	if len(units) == 0 {
-		return each(unitapi.JournalLine{Live: true})
+		return each(wire.JournalLine{Live: true})
 	}
 	query := systemd.JournalQuery{Units: units, Lines: q.lines, Since: q.since, After: q.after}
 	began := time.Now()
@@ -58,7 +58,7 @@ func (s *Server) local(ctx context.Context, q question, each func(unitapi.Journa
 		}
 		query.After = cmp.Or(last, query.After)
 	}
-	if err := each(unitapi.JournalLine{Live: true, Units: units}); err != nil || !q.follow {
+	if err := each(wire.JournalLine{Live: true, Units: units}); err != nil || !q.follow {
 		return err
 	}
 	query.Lines, query.Follow = 0, true
@@ -72,13 +72,13 @@ func (s *Server) local(ctx context.Context, q question, each func(unitapi.Journa
 }
 
 // pass hands over entries and returns the cursor of the last.
-func (s *Server) pass(ctx context.Context, q systemd.JournalQuery, each func(unitapi.JournalLine) error) (cursor string, err error) {
+func (s *Server) pass(ctx context.Context, q systemd.JournalQuery, each func(wire.JournalLine) error) (cursor string, err error) {
 	for e, err := range s.Journal(ctx, q) {
 		if err != nil {
 			return cursor, err
 		}
 		cursor = e.Cursor
-		err := each(unitapi.JournalLine{
+		err := each(wire.JournalLine{
 			Time: e.Time, Unit: e.Unit, Message: e.Message, Priority: e.Priority, PID: e.PID, Identifier: e.Identifier, Cursor: e.Cursor,
 		})
 		if err != nil {
@@ -107,7 +107,7 @@ func newWriter(w http.ResponseWriter) *writer {
 	return l
 }
 
-func (l *writer) line(line unitapi.JournalLine) error {
+func (l *writer) line(line wire.JournalLine) error {
 	<-l.turn
 	defer func() { l.turn <- struct{}{} }()
 	return l.out.Encode(line)
@@ -131,7 +131,7 @@ func (l *writer) beat() error {
 func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 	q, err := parse(r)
 	if err != nil {
-		fail(w, http.StatusBadRequest, "bad_request", err.Error(), "")
+		wire.WriteError(w, wire.Errorf(wire.CodeBadRequest, "", "%v", err))
 		return
 	}
 	ctx, cancel := context.WithCancel(r.Context())
@@ -141,7 +141,7 @@ func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 	g.Go(func() error {
 		defer cancel()
 		live := false
-		err := s.local(ctx, q, func(line unitapi.JournalLine) error {
+		err := s.local(ctx, q, func(line wire.JournalLine) error {
 			live = live || line.Live
 			if err := out.line(line); err != nil || !live {
 				return err
@@ -149,7 +149,7 @@ func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 			return out.flush()
 		})
 		if err != nil && ctx.Err() == nil {
-			return out.line(unitapi.JournalLine{Time: time.Now(), Problem: err.Error()})
+			return out.line(wire.JournalLine{Time: time.Now(), Problem: err.Error()})
 		}
 		return nil
 	})
@@ -170,14 +170,19 @@ func (s *Server) localJournal(w http.ResponseWriter, r *http.Request) {
 	_ = g.Wait() // the asking node is gone
 }
 
+// ask asks another node.
+func (s *Server) ask(ctx context.Context, n *state.Node, path string, query url.Values) (io.ReadCloser, error) {
+	if n.Record.Value.Peer == "" {
+		return nil, errors.New("it does not serve its logs to other nodes")
+	}
+	return s.Peer.Get(ctx, n.Record.Value.Peer, path, query)
+}
+
 // errSilent: not even signs of life come.
 var errSilent = errors.New("it says nothing any more")
 
-// remote hands over the lines of another machine, as local does.
-func (s *Server) remote(ctx context.Context, m registry.Machine, q question, each func(unitapi.JournalLine) error) error {
-	if m.API == "" {
-		return errors.New("it does not serve its logs to other nodes")
-	}
+// remote hands over the lines of another node, as local does.
+func (s *Server) remote(ctx context.Context, n *state.Node, q question, each func(wire.JournalLine) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	query := url.Values{"unit": q.units, "lines": {"all"}}
@@ -193,7 +198,7 @@ func (s *Server) remote(ctx context.Context, m registry.Machine, q question, eac
 	if !q.since.IsZero() {
 		query.Set("since", q.since.UTC().Format(time.RFC3339Nano))
 	}
-	body, err := s.ask(ctx, m, "/v1/local/journal", query)
+	body, err := s.ask(ctx, n, "/v1/local/journal", query)
 	if err != nil {
 		return err
 	}
@@ -216,7 +221,7 @@ func (s *Server) remote(ctx context.Context, m registry.Machine, q question, eac
 		case len(raw) == 1:
 			continue // a sign of life
 		}
-		var line unitapi.JournalLine
+		var line wire.JournalLine
 		if err := json.Unmarshal(raw, &line); err != nil {
 			return fmt.Errorf("its answer is not understood: %w", err)
 		}
@@ -233,35 +238,12 @@ func (s *Server) remote(ctx context.Context, m registry.Machine, q question, eac
 	}
 }
 
-// ask sends a question to another machine.
-func (s *Server) ask(ctx context.Context, m registry.Machine, path string, query url.Values) (io.ReadCloser, error) {
-	u := url.URL{Scheme: "http", Host: m.API, Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := s.transport().RoundTrip(req)
-	if err != nil {
-		return nil, fmt.Errorf("it does not answer: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		raw, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // what there is of it
-		var wrapped struct{ Error struct{ Message string } }
-		text := string(raw)
-		if json.Unmarshal(raw, &wrapped) == nil && wrapped.Error.Message != "" {
-			text = wrapped.Error.Message
-		}
-		return nil, errors.Join(fmt.Errorf("it answers %s: %s", resp.Status, text), resp.Body.Close())
-	}
-	return resp.Body, nil
-}
-
 // statusesAtOnce limits the processes that one question starts.
 const statusesAtOnce = 4
 
-func (s *Server) localStatuses(ctx context.Context, names []string) []unitapi.Status {
+func (s *Server) localStatuses(ctx context.Context, names []string) []wire.UnitStatus {
 	units := s.own(names)
-	found := make([]unitapi.Status, len(units))
+	found := make([]wire.UnitStatus, len(units))
 	var g errgroup.Group
 	g.SetLimit(statusesAtOnce)
 	for i, name := range units {
@@ -281,22 +263,19 @@ func (s *Server) localStatuses(ctx context.Context, names []string) []unitapi.St
 func (s *Server) localStatus(w http.ResponseWriter, r *http.Request) {
 	q, err := parse(r)
 	if err != nil {
-		fail(w, http.StatusBadRequest, "bad_request", err.Error(), "")
+		wire.WriteError(w, wire.Errorf(wire.CodeBadRequest, "", "%v", err))
 		return
 	}
-	answer(w, http.StatusOK, unitapi.Statuses{Statuses: s.localStatuses(r.Context(), q.units)})
+	wire.Write(w, http.StatusOK, wire.UnitStatuses{Statuses: s.localStatuses(r.Context(), q.units)})
 }
 
-func (s *Server) remoteStatuses(ctx context.Context, m registry.Machine, names []string) ([]unitapi.Status, error) {
-	if m.API == "" {
-		return nil, errors.New("it does not serve its logs to other nodes")
-	}
-	body, err := s.ask(ctx, m, "/v1/local/unit-status", url.Values{"unit": names})
+func (s *Server) remoteStatuses(ctx context.Context, n *state.Node, names []string) ([]wire.UnitStatus, error) {
+	body, err := s.ask(ctx, n, "/v1/local/unit-status", url.Values{"unit": names})
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = body.Close() }() // it was read to its end
-	var found unitapi.Statuses
+	var found wire.UnitStatuses
 	if err := json.NewDecoder(body).Decode(&found); err != nil {
 		return nil, fmt.Errorf("its answer is not understood: %w", err)
 	}
@@ -308,51 +287,59 @@ func (s *Server) unitStatus(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	parts := make(chan []unitapi.Status)
+	parts := make(chan []wire.UnitStatus)
 	for id, names := range v.units {
-		go func() { parts <- s.statusesOf(r.Context(), v.machines, id, names) }()
+		go func() { parts <- s.statusesOf(r.Context(), v.nodes, id, names) }()
 	}
-	all := unitapi.Statuses{Statuses: []unitapi.Status{}}
+	all := wire.UnitStatuses{Statuses: []wire.UnitStatus{}}
 	for range v.units {
 		all.Statuses = append(all.Statuses, <-parts...)
 	}
 	for name, why := range v.nowhere {
-		all.Statuses = append(all.Statuses, unitapi.Status{Unit: name, Problem: why})
+		all.Statuses = append(all.Statuses, wire.UnitStatus{Unit: name, Problem: why})
 	}
 	if v.partial != "" {
-		all.Statuses = append(all.Statuses, unitapi.Status{Problem: v.partial})
+		all.Statuses = append(all.Statuses, wire.UnitStatus{Problem: v.partial})
 	}
-	slices.SortFunc(all.Statuses, func(a, b unitapi.Status) int {
-		return cmp.Or(cmp.Compare(a.Unit, b.Unit), cmp.Compare(a.Node, b.Node), cmp.Compare(a.Machine, b.Machine))
+	slices.SortFunc(all.Statuses, func(a, b wire.UnitStatus) int {
+		return cmp.Or(cmp.Compare(a.Unit, b.Unit), cmp.Compare(a.Node, b.Node), cmp.Compare(a.NodeID, b.NodeID))
 	})
-	answer(w, http.StatusOK, all)
+	wire.Write(w, http.StatusOK, all)
 }
 
-// statusesOf asks one machine. If it is away each unit says so.
-func (s *Server) statusesOf(ctx context.Context, machines map[string]registry.Machine, id string, names []string) []unitapi.Status {
-	m, there := machines[id]
-	var found []unitapi.Status
+// statusesOf asks one node. If it is away each unit says so.
+func (s *Server) statusesOf(ctx context.Context, nodes map[string]*state.Node, id string, names []string) []wire.UnitStatus {
+	n := nodes[id]
+	var found []wire.UnitStatus
 	var err error
 	switch {
-	case id == s.Self():
+	case id == s.Self:
 		found = s.localStatuses(ctx, names)
-	case !there:
+	case !n.Present():
 		err = errGone
 	default:
-		found, err = s.remoteStatuses(ctx, m, names)
+		found, err = s.remoteStatuses(ctx, n, names)
 	}
 	if err != nil {
 		for _, name := range names {
-			found = append(found, unitapi.Status{Unit: name, Problem: fmt.Sprintf("machine %s: %v", called(m, id), err)})
+			found = append(found, wire.UnitStatus{Unit: name, Problem: fmt.Sprintf("node %s: %v", called(n, id), err)})
 		}
 	}
 	for i := range found {
-		found[i].Machine, found[i].Node = id, m.Node
+		found[i].NodeID, found[i].Node = id, nameOf(n)
 	}
 	return found
 }
 
-// errGone: the machine has left, and its units were not yet placed elsewhere.
+// errGone: the node has left, and its units are not yet placed elsewhere.
 var errGone = errors.New("it is not there")
 
-func called(m registry.Machine, id string) string { return cmp.Or(m.Node, id) }
+// called returns how people know a node.
+func called(n *state.Node, id string) string { return cmp.Or(nameOf(n), id) }
+
+func nameOf(n *state.Node) string {
+	if n == nil {
+		return ""
+	}
+	return n.Record.Value.Name
+}

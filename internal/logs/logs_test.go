@@ -21,11 +21,13 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/peer"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/systemd"
-	"flotilla/internal/unitapi"
+	"flotilla/internal/unit"
+	"flotilla/internal/wire"
 )
 
 // journal stands for systemd's, of which go test has none. It answers the
@@ -93,9 +95,10 @@ func (j *journal) read(ctx context.Context, q systemd.JournalQuery) iter.Seq2[sy
 	}
 }
 
-// node is one machine: its journal, its units and its server.
+// node is one node: its journal, its units and its server.
 type node struct {
 	*Server
+	peer    *peer.Peer
 	journal *journal
 	id      string
 	address netip.Addr
@@ -118,15 +121,15 @@ func (n *node) setOwn(units ...string) {
 	n.units = units
 }
 
-// cluster is a store and its machines.
+// cluster is a store and its nodes.
 type cluster struct {
 	t      *testing.T
 	client *store.Client
-	keys   registry.Keys
+	keys   state.Keys
 	nodes  []*node
 }
 
-var quick = pace{reorder: 100 * time.Millisecond, begin: 30 * time.Second, look: 50 * time.Millisecond, beat: time.Second, connect: 20 * time.Second}
+var quick = pace{reorder: 100 * time.Millisecond, begin: 30 * time.Second, look: 50 * time.Millisecond, beat: time.Second}
 
 func newCluster(t *testing.T, size int) *cluster {
 	t.Helper()
@@ -135,7 +138,7 @@ func newCluster(t *testing.T, size int) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{t: t, client: client, keys: registry.Keys{Prefix: registry.DefaultPrefix}}
+	c := &cluster{t: t, client: client, keys: state.Keys{Prefix: state.DefaultPrefix}}
 	t.Cleanup(func() { _ = client.Close() })
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -145,10 +148,13 @@ func newCluster(t *testing.T, size int) *cluster {
 	})
 	for i := range size {
 		n := &node{journal: newJournal(), id: fmt.Sprintf("m%d", i+1), address: storetest.Addr(t)}
-		n.Server = New(Config{Store: client, Keys: c.keys, Self: func() string { return n.id }, Own: n.own, Journal: n.journal.read, Show: show, Log: log})
+		feed := state.NewFeed(client, c.keys, log)
+		n.peer = peer.New(n.address, func(a netip.Addr) bool { return feed.Latest().HasAddress(a) })
+		n.peer.ConnectLimit = 20 * time.Second
+		n.Server = New(Config{Feed: feed, Peer: n.peer, Self: n.id, Own: n.own, Journal: n.journal.read, Show: show})
 		n.pace = quick
-		running.Go(func() { _ = n.Run(ctx) })
-		n.http = &http.Server{Handler: n.Local()}
+		running.Go(func() { _ = feed.Run(ctx) })
+		n.http = &http.Server{Handler: n.peer}
 		l, err := net.Listen("tcp", netip.AddrPortFrom(n.address, 0).String())
 		if err != nil {
 			t.Fatal(err)
@@ -163,11 +169,11 @@ func newCluster(t *testing.T, size int) *cluster {
 			api.Close()
 		})
 		n.url = api.URL
-		c.put(c.keys.Machine(n.id), registry.Encode(registry.Machine{V: 1, ID: n.id, Node: "node" + n.id[1:], Address: n.address.String(), API: l.Addr().String(), Units: true}))
+		c.put(c.keys.Node(n.id), state.Encode(state.NodeRecord{V: 1, ID: n.id, Name: "node" + n.id[1:], Address: n.address.String(), Peer: l.Addr().String(), Units: true}))
 		c.nodes = append(c.nodes, n)
 	}
 	for _, n := range c.nodes {
-		storetest.Wait(t, time.Minute, "every node knows every machine", func() bool { return len(*n.machines.Load()) == size })
+		storetest.Wait(t, time.Minute, "every node knows every other", func() bool { return len(n.Feed.Latest().Nodes) == size })
 	}
 	return c
 }
@@ -193,12 +199,12 @@ func (c *cluster) delete(key string) {
 	}
 }
 
-// place puts units on machine i.
+// place puts units on node i.
 func (c *cluster) place(i int, units ...string) {
 	c.t.Helper()
 	n := c.nodes[i]
 	for _, name := range units {
-		c.put(c.keys.Placement(name), registry.Encode(registry.Placement{V: 1, Machine: n.id, Reason: "test"}))
+		c.put(c.keys.Placement(name), state.Encode(state.Placement{V: 1, Node: n.id, Reason: "test"}))
 	}
 	n.setOwn(append(n.own(), units...)...)
 }
@@ -221,9 +227,9 @@ func (c *cluster) get(path string) (status int, body string) {
 	return resp.StatusCode, string(raw)
 }
 
-func decode(t *testing.T, raw string) unitapi.JournalLine {
+func decode(t *testing.T, raw string) wire.JournalLine {
 	t.Helper()
-	var l unitapi.JournalLine
+	var l wire.JournalLine
 	if err := json.Unmarshal([]byte(raw), &l); err != nil {
 		t.Fatalf("%v: %q", err, raw)
 	}
@@ -234,7 +240,7 @@ func decode(t *testing.T, raw string) unitapi.JournalLine {
 }
 
 // text returns "node unit message" or the problem.
-func text(l unitapi.JournalLine) string {
+func text(l wire.JournalLine) string {
 	if l.Problem != "" {
 		return "! " + l.Problem
 	}
@@ -287,7 +293,7 @@ func TestMerge(t *testing.T) {
 		t.Errorf("all units have %d lines, want 10 without that of sshd: %q", len(got), got)
 	}
 	_, body := c.get("/v1/journal?unit=db.service")
-	want := unitapi.JournalLine{Time: second(4), Machine: "m2", Node: "node2", Unit: "db.service", Message: "query", Priority: 6, PID: 7, Identifier: "id"}
+	want := wire.JournalLine{Time: second(4), NodeID: "m2", Node: "node2", Unit: "db.service", Message: "query", Priority: 6, PID: 7, Identifier: "id"}
 	if got := decode(t, body); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("the line is %+v, want %+v", got, want)
 	}
@@ -295,22 +301,22 @@ func TestMerge(t *testing.T) {
 
 func TestGlobalUnits(t *testing.T) {
 	c := newCluster(t, 3)
-	c.put(c.keys.Entry(registry.Global, "agent.service"), registry.Encode(registry.Entry{V: 1, Desired: registry.Launched}))
+	c.put(c.keys.Unit("agent.service"), state.Encode(state.UnitRecord{V: 1, Text: "[X-Fleet]\nGlobal=yes\n", Desired: unit.Launched}))
 	c.nodes[0].setOwn("agent.service")
-	c.nodes[2].setOwn("agent.service") // the second machine refuses it
+	c.nodes[2].setOwn("agent.service") // the second node refuses it
 	for i, n := range c.nodes {
 		n.journal.write(second(i), "agent.service", "here")
 	}
 	c.want("/v1/journal?unit=agent.service", "node1 agent.service here", "node3 agent.service here")
 	c.want("/v1/journal?unit=ag*", "node1 agent.service here", "node3 agent.service here")
-	var found unitapi.Statuses
+	var found wire.UnitStatuses
 	_, body := c.get("/v1/unit-status?unit=agent.service")
 	if err := json.Unmarshal([]byte(body), &found); err != nil {
 		t.Fatal(err)
 	}
-	want := []unitapi.Status{
-		{Unit: "agent.service", Machine: "m1", Node: "node1", Text: "status of agent.service", Exit: 3},
-		{Unit: "agent.service", Machine: "m3", Node: "node3", Text: "status of agent.service", Exit: 3},
+	want := []wire.UnitStatus{
+		{Unit: "agent.service", NodeID: "m1", Node: "node1", Text: "status of agent.service", Exit: 3},
+		{Unit: "agent.service", NodeID: "m3", Node: "node3", Text: "status of agent.service", Exit: 3},
 	}
 	if !slices.Equal(found.Statuses, want) {
 		t.Errorf("statuses %+v, want %+v", found.Statuses, want)
@@ -319,18 +325,18 @@ func TestGlobalUnits(t *testing.T) {
 
 func TestNowhere(t *testing.T) {
 	c := newCluster(t, 1)
-	c.put(c.keys.Unit("idle.service"), registry.Encode(registry.Unit{V: 1, Desired: registry.Inactive}))
-	c.put(c.keys.Unit("big.service"), registry.Encode(registry.Unit{V: 1, Desired: registry.Launched}))
-	c.put(c.keys.Unplaced("big.service"), registry.Encode(registry.Unplaced{V: 1, Reason: "1 machine: 1 has no disk=ssd"}))
+	c.put(c.keys.Unit("idle.service"), state.Encode(state.UnitRecord{V: 1, Desired: unit.Inactive}))
+	c.put(c.keys.Unit("big.service"), state.Encode(state.UnitRecord{V: 1, Desired: unit.Launched}))
+	c.put(c.keys.Unplaced("big.service"), state.Encode(state.Unplaced{V: 1, Reason: "1 node: 1 has no disk=ssd"}))
 	c.want("/v1/journal?unit=idle.service&unit=big.service",
-		"! big.service: it is on no machine: 1 machine: 1 has no disk=ssd", "! idle.service: it is on no machine: it is to be inactive")
+		"! big.service: it is on no node: 1 node: 1 has no disk=ssd", "! idle.service: it is on no node: it is to be inactive")
 	for _, path := range []string{"/v1/journal?unit=none.service", "/v1/unit-status?unit=none.service", "/v1/journal?unit=none*", "/v1/journal?unit=idle*"} {
 		if status, body := c.get(path); status != http.StatusNotFound || !strings.Contains(body, "no such unit") {
 			t.Errorf("%s: %d %s", path, status, body)
 		}
 	}
 	_, body := c.get("/v1/unit-status?unit=big.service")
-	if want := `{"statuses":[{"unit":"big.service","exit":0,"problem":"it is on no machine: 1 machine: 1 has no disk=ssd"}]}`; strings.TrimSpace(body) != want {
+	if want := `{"statuses":[{"unit":"big.service","exit":0,"problem":"it is on no node: 1 node: 1 has no disk=ssd"}]}`; strings.TrimSpace(body) != want {
 		t.Errorf("status %s, want %s", body, want)
 	}
 }
@@ -355,13 +361,13 @@ func TestHostileQuestions(t *testing.T) {
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest(http.MethodGet, "/v1/local/journal?unit=sshd.service&unit=web.service&unit=*", nil)
 	r.RemoteAddr = netip.AddrPortFrom(n.address, 1234).String()
-	n.Local().ServeHTTP(w, r)
+	n.peer.ServeHTTP(w, r)
 	if body := w.Body.String(); w.Code != http.StatusOK || strings.Contains(body, "secret") || !strings.Contains(body, "hello") {
 		t.Errorf("%d %s", w.Code, body)
 	}
 	w = httptest.NewRecorder()
 	r.URL = &url.URL{Path: "/v1/local/unit-status", RawQuery: "unit=sshd.service"}
-	n.Local().ServeHTTP(w, r)
+	n.peer.ServeHTTP(w, r)
 	if body := strings.TrimSpace(w.Body.String()); body != `{"statuses":[]}` {
 		t.Errorf("status of a unit that is not ours: %s", body)
 	}
@@ -389,17 +395,17 @@ func TestGuard(t *testing.T) {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest(tc.method, "/v1/local/unit-status?unit=web.service", nil)
 		r.RemoteAddr = tc.from
-		n.Local().ServeHTTP(w, r)
+		n.peer.ServeHTTP(w, r)
 		if w.Code != tc.want {
 			t.Errorf("%s from %s: %d, want %d", tc.method, tc.from, w.Code, tc.want)
 		}
 	}
 	// One that left is no longer let in.
-	c.delete(c.keys.Machine("m2"))
-	storetest.Wait(t, time.Minute, "the address is forgotten", func() bool { return !n.Registered(c.nodes[1].address) })
+	c.delete(c.keys.Node("m2"))
+	storetest.Wait(t, time.Minute, "the address is forgotten", func() bool { return !n.Feed.Latest().HasAddress(c.nodes[1].address) })
 }
 
-func TestMachineAway(t *testing.T) {
+func TestNodeAway(t *testing.T) {
 	c := newCluster(t, 3)
 	c.place(0, "web@1.service")
 	c.place(1, "web@2.service")
@@ -412,17 +418,17 @@ func TestMachineAway(t *testing.T) {
 	}
 	c.nodes[2].journal.broken = errors.New("journalctl is not there")
 	got := c.lines("/v1/journal?unit=web@*")
-	if len(got) != 3 || got[0] != "node1 web@1.service hello" || !strings.Contains(strings.Join(got, "\n"), "! machine node2: it does not answer: ") ||
-		!strings.Contains(strings.Join(got, "\n"), "! machine node3: journalctl is not there") {
+	if len(got) != 3 || got[0] != "node1 web@1.service hello" || !strings.Contains(strings.Join(got, "\n"), "! node node2: it does not answer: ") ||
+		!strings.Contains(strings.Join(got, "\n"), "! node node3: journalctl is not there") {
 		t.Errorf("lines %q", got)
 	}
-	c.delete(c.keys.Machine("m2"))
-	if got := c.lines("/v1/journal?unit=web@2.service"); len(got) != 1 || got[0] != "! machine m2: it is not there" {
+	c.delete(c.keys.Node("m2"))
+	if got := c.lines("/v1/journal?unit=web@2.service"); len(got) != 1 || got[0] != "! node m2: it is not there" {
 		t.Errorf("lines %q", got)
 	}
 	c.place(0, "broken.service")
 	_, body := c.get("/v1/unit-status?unit=*")
-	var found unitapi.Statuses
+	var found wire.UnitStatuses
 	if err := json.Unmarshal([]byte(body), &found); err != nil {
 		t.Fatal(err)
 	}
@@ -430,7 +436,7 @@ func TestMachineAway(t *testing.T) {
 	for _, s := range found.Statuses {
 		problems = append(problems, s.Unit+": "+s.Problem)
 	}
-	if want := []string{"broken.service: systemctl is not there", "web@1.service: ", "web@2.service: machine m2: it is not there", "web@3.service: "}; !slices.Equal(problems, want) {
+	if want := []string{"broken.service: systemctl is not there", "web@1.service: ", "web@2.service: node m2: it is not there", "web@3.service: "}; !slices.Equal(problems, want) {
 		t.Errorf("problems %q, want %q", problems, want)
 	}
 }
@@ -461,7 +467,7 @@ func (c *cluster) follow(query string) *following {
 		defer close(done)
 		in := bufio.NewScanner(resp.Body)
 		for in.Scan() {
-			var l unitapi.JournalLine
+			var l wire.JournalLine
 			if json.Unmarshal(in.Bytes(), &l) != nil {
 				continue
 			}
@@ -514,9 +520,9 @@ func TestFollow(t *testing.T) {
 	c.nodes[2].journal.write(time.Now(), "web@3.service", "first")
 	c.place(2, "web@3.service")
 	f.want("node3 web@3.service first")
-	c.nodes[0].journal.write(time.Now(), "web@4.service", "second on its machine")
+	c.nodes[0].journal.write(time.Now(), "web@4.service", "second on its node")
 	c.place(0, "web@4.service")
-	f.want("node1 web@4.service second on its machine")
+	f.want("node1 web@4.service second on its node")
 	c.nodes[0].journal.write(time.Now(), "web@1.service", "still there")
 	f.want("node1 web@1.service still there")
 }
@@ -529,13 +535,13 @@ func TestFollowLoss(t *testing.T) {
 	f := c.follow("unit=web@*")
 	f.want("node2 web@2.service old")
 
-	// The machine goes away and comes back on the same port: one problem, and no
+	// The node goes away and comes back on the same port: one problem, and no
 	// line is lost or doubled.
-	address := (*c.nodes[0].machines.Load())["m2"].API
+	address := c.nodes[0].Feed.Latest().Nodes["m2"].Record.Value.Peer
 	if err := c.nodes[1].http.Close(); err != nil {
 		t.Fatal(err)
 	}
-	f.want("! machine node2: the connection was lost", "! machine node2: it does not answer")
+	f.want("! node node2: the connection was lost", "! node node2: it does not answer")
 	c.nodes[1].journal.write(time.Now(), "web@2.service", "meanwhile")
 	c.nodes[0].journal.write(time.Now(), "web@1.service", "the other goes on")
 	f.want("node1 web@1.service the other goes on")
@@ -543,7 +549,7 @@ func TestFollowLoss(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	again := &http.Server{Handler: c.nodes[1].Local()}
+	again := &http.Server{Handler: c.nodes[1].peer}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -558,7 +564,7 @@ func TestFollowLoss(t *testing.T) {
 	f.want("node2 web@2.service after")
 }
 
-// A machine that hangs says nothing, not even that it is there.
+// A node that hangs says nothing, not even that it is there.
 func TestSilence(t *testing.T) {
 	c := newCluster(t, 2)
 	c.place(0, "web@1.service")
@@ -574,9 +580,9 @@ func TestSilence(t *testing.T) {
 	}))
 	t.Cleanup(silent.Close)
 	t.Cleanup(func() { close(hang) })
-	c.put(c.keys.Machine("m2"), registry.Encode(registry.Machine{V: 1, ID: "m2", Node: "node2", Address: "127.0.0.1", API: strings.TrimPrefix(silent.URL, "http://"), Units: true}))
+	c.put(c.keys.Node("m2"), state.Encode(state.NodeRecord{V: 1, ID: "m2", Name: "node2", Address: "127.0.0.1", Peer: strings.TrimPrefix(silent.URL, "http://"), Units: true}))
 	f := c.follow("unit=web@*")
-	f.want("! machine node2: it says nothing any more")
+	f.want("! node node2: it says nothing any more")
 	c.nodes[0].journal.write(time.Now(), "web@1.service", "the other goes on")
 	f.want("node1 web@1.service the other goes on")
 }
@@ -591,26 +597,26 @@ func TestStoreAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := c.lines("/v1/journal?unit=web@*")
-	if len(got) != 2 || !strings.HasPrefix(got[0], "! only units of this machine are shown: ") || got[1] != "node1 web@1.service hello" {
+	if len(got) != 2 || !strings.HasPrefix(got[0], "! only units of this node are shown: ") || got[1] != "node1 web@1.service hello" {
 		t.Errorf("lines %q", got)
 	}
-	if !c.nodes[0].Registered(c.nodes[1].address) {
-		t.Error("without the store the other machines are forgotten")
+	if !c.nodes[0].Feed.Latest().HasAddress(c.nodes[1].address) {
+		t.Error("without the store the other nodes are forgotten")
 	}
 }
 
 func TestTail(t *testing.T) {
 	for n, want := range map[int]string{-1: "0123p4", 0: "p", 1: "4p", 3: "234p", 5: "01234p", 9: "01234p"} {
 		var got strings.Builder
-		tail := newTail(n, func(l unitapi.JournalLine) error {
+		tail := newTail(n, func(l wire.JournalLine) error {
 			got.WriteString(l.Message + l.Problem)
 			return nil
 		})
 		for i := range 5 {
 			if i == 4 {
-				_ = tail.add(unitapi.JournalLine{Problem: "p"})
+				_ = tail.add(wire.JournalLine{Problem: "p"})
 			}
-			_ = tail.add(unitapi.JournalLine{Message: strconv.Itoa(i)})
+			_ = tail.add(wire.JournalLine{Message: strconv.Itoa(i)})
 		}
 		if err := tail.end(); err != nil || got.String() != want {
 			t.Errorf("the last %d: %s, want %s", n, got.String(), want)

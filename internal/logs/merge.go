@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"flotilla/internal/unitapi"
+	"flotilla/internal/wire"
 )
 
 func (s *Server) journal(w http.ResponseWriter, r *http.Request) {
@@ -36,42 +36,42 @@ func (s *Server) journal(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// problems are those that are known before any machine is asked.
-func (v view) problems() []unitapi.JournalLine {
-	var lines []unitapi.JournalLine
+// problems are those that are known before any node is asked.
+func (v view) problems() []wire.JournalLine {
+	var lines []wire.JournalLine
 	for name, why := range v.nowhere {
-		lines = append(lines, unitapi.JournalLine{Time: time.Now(), Unit: name, Problem: name + ": " + why})
+		lines = append(lines, wire.JournalLine{Time: time.Now(), Unit: name, Problem: name + ": " + why})
 	}
 	if v.partial != "" {
-		lines = append(lines, unitapi.JournalLine{Time: time.Now(), Problem: v.partial})
+		lines = append(lines, wire.JournalLine{Time: time.Now(), Problem: v.partial})
 	}
-	slices.SortFunc(lines, func(a, b unitapi.JournalLine) int { return strings.Compare(a.Problem, b.Problem) })
+	slices.SortFunc(lines, func(a, b wire.JournalLine) int { return strings.Compare(a.Problem, b.Problem) })
 	return lines
 }
 
-// from hands over the lines of one machine, with its name on them.
-func (s *Server) from(ctx context.Context, v view, id string, q question, each func(unitapi.JournalLine) error) error {
-	m, there := v.machines[id]
-	named := func(l unitapi.JournalLine) error {
-		l.Machine, l.Node = id, m.Node
+// from hands over the lines of one node, with its name on them.
+func (s *Server) from(ctx context.Context, v view, id string, q question, each func(wire.JournalLine) error) error {
+	n := v.nodes[id]
+	named := func(l wire.JournalLine) error {
+		l.NodeID, l.Node = id, nameOf(n)
 		return each(l)
 	}
 	var err error
 	switch {
-	case id == s.Self():
+	case id == s.Self:
 		err = s.local(ctx, q, named)
-	case !there:
+	case !n.Present():
 		err = errGone
 	default:
-		err = s.remote(ctx, m, q, named)
+		err = s.remote(ctx, n, q, named)
 	}
 	if err != nil && !errors.Is(err, errEnough) && ctx.Err() == nil {
-		return named(unitapi.JournalLine{Time: time.Now(), Problem: fmt.Sprintf("machine %s: %v", called(m, id), err)})
+		return named(wire.JournalLine{Time: time.Now(), Problem: fmt.Sprintf("node %s: %v", called(n, id), err)})
 	}
 	return err
 }
 
-// once merges what is there: every machine's lines are in order, so the earliest
+// once merges what is there: every node's lines are in order, so the earliest
 // of their heads comes next.
 func (s *Server) once(ctx context.Context, q question, v view, out *writer) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -79,15 +79,15 @@ func (s *Server) once(ctx context.Context, q question, v view, out *writer) erro
 	defer readers.Wait()
 	defer cancel()
 
-	var sources []<-chan unitapi.JournalLine
+	var sources []<-chan wire.JournalLine
 	for id, units := range v.units {
-		lines := make(chan unitapi.JournalLine, 64)
+		lines := make(chan wire.JournalLine, 64)
 		sources = append(sources, lines)
 		mine := q
 		mine.units = units
 		readers.Go(func() {
 			defer close(lines)
-			_ = s.from(ctx, v, id, mine, func(l unitapi.JournalLine) error { // what failed is a line
+			_ = s.from(ctx, v, id, mine, func(l wire.JournalLine) error { // what failed is a line
 				if l.Live {
 					return nil
 				}
@@ -111,15 +111,15 @@ func (s *Server) once(ctx context.Context, q question, v view, out *writer) erro
 }
 
 // show writes a line without what only nodes need.
-func (l *writer) show(line unitapi.JournalLine) error {
+func (l *writer) show(line wire.JournalLine) error {
 	line.Cursor, line.Live, line.Units = "", false, nil
 	return l.line(line)
 }
 
 // merge hands over the lines of all sources by time.
-func merge(sources []<-chan unitapi.JournalLine, each func(unitapi.JournalLine) error) error {
-	var heads []unitapi.JournalLine
-	var open []<-chan unitapi.JournalLine
+func merge(sources []<-chan wire.JournalLine, each func(wire.JournalLine) error) error {
+	var heads []wire.JournalLine
+	var open []<-chan wire.JournalLine
 	for _, s := range sources {
 		if l, ok := <-s; ok {
 			heads, open = append(heads, l), append(open, s)
@@ -148,15 +148,15 @@ func merge(sources []<-chan unitapi.JournalLine, each func(unitapi.JournalLine) 
 // negative.
 type tail struct {
 	n    int
-	each func(unitapi.JournalLine) error
-	kept []unitapi.JournalLine // a ring once it has n lines
-	next int                   // its oldest
-	bad  []unitapi.JournalLine
+	each func(wire.JournalLine) error
+	kept []wire.JournalLine // a ring once it has n lines
+	next int                // its oldest
+	bad  []wire.JournalLine
 }
 
-func newTail(n int, each func(unitapi.JournalLine) error) *tail { return &tail{n: n, each: each} }
+func newTail(n int, each func(wire.JournalLine) error) *tail { return &tail{n: n, each: each} }
 
-func (t *tail) add(l unitapi.JournalLine) error {
+func (t *tail) add(l wire.JournalLine) error {
 	switch {
 	case t.n < 0:
 		return t.each(l)

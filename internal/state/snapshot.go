@@ -1,6 +1,10 @@
 package state
 
-import "flotilla/internal/unit"
+import (
+	"net/netip"
+
+	"flotilla/internal/unit"
+)
 
 // Snapshot is all records at one revision. It is immutable, since all readers of
 // a Feed share it. The one before the first list has revision 0 and no records.
@@ -120,4 +124,14 @@ func (s *Snapshot) Problems(keys Keys) map[string]string {
 	note(keys.Leader(), s.Leader.Problem)
 	note(keys.Failover(), s.Failover.Problem)
 	return found
+}
+
+// HasAddress reports whether a node that is there has the address.
+func (s *Snapshot) HasAddress(addr netip.Addr) bool {
+	for _, n := range s.Nodes {
+		if known, err := netip.ParseAddr(n.Record.Value.Address); err == nil && n.Present() && known.Unmap() == addr {
+			return true
+		}
+	}
+	return false
 }
