@@ -27,6 +27,7 @@ var packages = map[string]struct {
 }{
 	// Leaves, each for one thing that has nothing to do with clusters.
 	"durable": {layer: 0},
+	"feed":    {layer: 0},
 	"text":    {layer: 0},
 
 	"catalog": {layer: 1},

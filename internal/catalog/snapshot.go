@@ -45,6 +45,15 @@ func shardOf(name string) int {
 	return int(h % shardCount)
 }
 
+// Rev returns the revision of the store that the snapshot shows. A nil Snapshot
+// is older than any.
+func (s *Snapshot) Rev() int64 {
+	if s == nil {
+		return 0
+	}
+	return s.Revision
+}
+
 // Len returns the number of services, routable or not.
 func (s *Snapshot) Len() int {
 	if s == nil {
