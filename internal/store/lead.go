@@ -11,7 +11,7 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
-// leaderTTL is how long a leader that died keeps the others waiting.
+// leaderTTL is how long the others wait after a leader died.
 const leaderTTL = 5 // seconds
 
 // Lead takes part in the election below prefix until ctx ends, and returns nil
@@ -46,10 +46,10 @@ func (c *Client) Lead(ctx context.Context, prefix, value string, log *slog.Logge
 	return nil
 }
 
-// errNotElected: the election could not be waited for to its end.
+// errNotElected wraps errors that occur before this process is elected.
 var errNotElected = errors.New("no election")
 
-// errDeposed is the cause of a leader's context that ends.
+// errDeposed cancels the leader's context when it loses leadership.
 var errDeposed = errors.New("the leadership was lost")
 
 func (c *Client) leadOnce(ctx context.Context, prefix, value string, lead func(ctx context.Context, leader Cond) error) (err error) {
@@ -85,7 +85,7 @@ func (c *Client) leadOnce(ctx context.Context, prefix, value string, lead func(c
 	if err := election.Campaign(lctx, value); err != nil {
 		return fmt.Errorf("%w: %w", errNotElected, c.explain("wait to be elected", err))
 	}
-	go func() { // somebody may delete the key while the lease lives on
+	go func() { // the key may be deleted while the lease lives on
 		_ = c.Watch(lctx, election.Key(), election.Rev()+1, func(events []Event) error {
 			for _, e := range events {
 				if e.Deleted {
@@ -100,19 +100,4 @@ func (c *Client) leadOnce(ctx context.Context, prefix, value string, lead func(c
 		return cause
 	}
 	return err
-}
-
-// Leader returns the value of who leads below prefix; false if nobody does.
-func (c *Client) Leader(ctx context.Context, prefix string) (value string, ok bool, err error) {
-	keys, _, err := c.List(ctx, strings.TrimSuffix(prefix, "/")+"/")
-	if err != nil {
-		return "", false, err
-	}
-	var first KV // the oldest key has won
-	for _, kv := range keys {
-		if first.Key == "" || kv.CreateRevision < first.CreateRevision {
-			first = kv
-		}
-	}
-	return first.Value, first.Key != "", nil
 }
