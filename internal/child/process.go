@@ -162,7 +162,7 @@ func startTime(pid int) (uint64, error) {
 		return 0, fmt.Errorf("read start time: %w", err)
 	}
 	// The second field is the program's name in brackets and may hold anything;
-	// behind it comes the third, and the start time is the 22nd.
+	// after it comes the third, and the start time is the 22nd.
 	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 	if len(f) < 20 {
 		return 0, fmt.Errorf("read start time: %q is too short", b)

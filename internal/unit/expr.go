@@ -14,7 +14,7 @@ import (
 // maxDepth is how deep parentheses and "not" may be nested in an expression.
 const maxDepth = 100
 
-// Expr is a condition on a machine's metadata, as written behind Where=:
+// Expr is a condition on a machine's metadata, as written after Where=:
 //
 //	zone in (a, b) and not (disk = hdd || cores < 8)
 //
@@ -26,7 +26,7 @@ type Expr struct {
 	root   *node
 }
 
-// node is a comparison (key op values) or a combination (op kids).
+// node is a comparison (key op values) or a combination of others (op kids).
 type node struct {
 	op     string // = != < <= > >= in; and or not
 	kids   []*node
@@ -129,7 +129,7 @@ type exprParser struct {
 
 func (p *exprParser) peek() token { return p.tokens[0] }
 
-// next returns the next token; the last one is never used up.
+// next consumes and returns the next token. The last one, tokenEnd, stays.
 func (p *exprParser) next() token {
 	t := p.tokens[0]
 	if t.kind != tokenEnd {
@@ -212,7 +212,7 @@ func (p *exprParser) comparison() (*node, error) {
 	case negated:
 		return nil, op.fail("expected in instead of "+op.shown(), "write: not in (a, b)")
 	case op.kind != tokenSymbol || strings.Trim(op.text, "=!<>") != "" || op.text == "!":
-		return nil, op.fail(fmt.Sprintf("expected an operator behind the key %s instead of %s", text.Show(t.text), op.shown()),
+		return nil, op.fail(fmt.Sprintf("expected an operator after the key %s instead of %s", text.Show(t.text), op.shown()),
 			"use =, !=, <, <=, >, >=, in (...) or not in (...); the expression as a whole takes no quotes")
 	}
 	n.op = strings.Replace(op.text, "==", "=", 1)

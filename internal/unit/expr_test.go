@@ -80,10 +80,10 @@ func TestExpr(t *testing.T) {
 func TestExprRefuses(t *testing.T) {
 	for text, want := range map[string]string{
 		``:                         "column 1: expected a metadata key instead of the end",
-		`zone`:                     "column 5: expected an operator behind the key zone instead of the end",
-		`"zone = a"`:               "column 11: expected an operator behind the key zone = a instead of the end",
-		`zone a`:                   "column 6: expected an operator behind the key zone instead of a",
-		`zone ! a`:                 "column 6: expected an operator behind the key zone instead of !",
+		`zone`:                     "column 5: expected an operator after the key zone instead of the end",
+		`"zone = a"`:               "column 11: expected an operator after the key zone = a instead of the end",
+		`zone a`:                   "column 6: expected an operator after the key zone instead of a",
+		`zone ! a`:                 "column 6: expected an operator after the key zone instead of !",
 		`zone =`:                   "column 7: expected a value instead of the end",
 		`zone = =`:                 "column 8: expected a value instead of =",
 		`zone = a b`:               "column 10: expected and, or, or the end instead of b",

@@ -25,7 +25,7 @@ const MaxLine = 1 << 20
 type Option struct {
 	Section string
 	Name    string
-	Value   string // white space trimmed; continuation lines kept, each behind a backslash and a newline
+	Value   string // white space trimmed; continuation lines kept, with the backslash and the newline between them
 	Line    int    // on which it starts, from 1
 }
 
@@ -41,7 +41,7 @@ type File struct {
 // their order, repetitions and empty values, and quotes mean nothing. Unlike
 // fleet it refuses what fleet or systemd would go on to read as something
 // else: NUL bytes, text that is not UTF-8, section names of several lines, and
-// white space behind a backslash that ends a line. The error is a Problem.
+// white space after a backslash that ends a line. The error is a Problem.
 func Parse(text string) (*File, error) {
 	n := 0
 	for line := range strings.SplitSeq(text, "\n") {
@@ -85,8 +85,8 @@ func Parse(text string) (*File, error) {
 	return f, nil
 }
 
-// preamble returns what counts of a line before the first section: nothing up
-// to a bracket or a comment.
+// preamble returns a line before the first section from its first bracket or
+// comment on. It warns about text before that, which has no effect.
 func (f *File) preamble(line string, number int) string {
 	skipped, counts := line, ""
 	if i := strings.IndexAny(line, "[#;"); i >= 0 {

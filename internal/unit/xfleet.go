@@ -10,15 +10,15 @@ import (
 	"flotilla/internal/text"
 )
 
-// Section is the section of a unit file that speaks of placement.
+// Section is the section of a unit file with the unit's placement requirements.
 const Section = "X-Fleet"
 
 // DefaultSpread is the metadata key over which units are spread unless they
 // say SpreadOver=.
 const DefaultSpread = "zone"
 
-// Requirements are what a unit asks in [X-Fleet], with its specifiers expanded
-// (a template keeps them). They are immutable.
+// Requirements are the contents of [X-Fleet], with specifiers expanded (a template
+// keeps them). They are immutable.
 type Requirements struct {
 	Unit      string              // the unit's own name, which its own patterns never match
 	MachineID string              // the machine's full ID or its first 8 characters; "" for any machine
@@ -41,9 +41,9 @@ type Requirements struct {
 // shortID is the length of the short form of a machine ID.
 const shortID = 8
 
-// Mismatch returns why a machine is not one the unit wants, judged by
-// MachineID, MachineMetadata and Where, and "" if it is. The reason speaks of
-// the machine: "its metadata has disk=hdd and not disk=ssd".
+// Mismatch returns why a machine does not meet MachineID, MachineMetadata and
+// Where, and "" if it does. The reason is about the machine: "its metadata has
+// disk=hdd and not disk=ssd".
 func (r *Requirements) Mismatch(id string, metadata map[string]string) string {
 	if r.MachineID != "" && r.MachineID != id && (len(id) < shortID || r.MachineID != id[:shortID]) {
 		return "it is not machine " + r.MachineID
@@ -95,8 +95,8 @@ func (r *Requirements) match(patterns []string, other string) (string, bool) {
 	return firstMatch(patterns, other)
 }
 
-// firstMatch takes a pattern that path.Match refuses for one that matches
-// nothing.
+// firstMatch returns the first pattern that matches name. One that path.Match
+// refuses matches nothing.
 func firstMatch(patterns []string, name string) (string, bool) {
 	i := slices.IndexFunc(patterns, func(pattern string) bool {
 		ok, err := path.Match(pattern, name)
@@ -148,7 +148,7 @@ type value struct {
 	*Option
 	raw  string // as written
 	text string // with specifiers expanded
-	open bool   // a template's, still with a specifier
+	open bool   // it is a template's and has a specifier
 }
 
 // shown is the value as the text of a problem names it.
@@ -169,8 +169,8 @@ func (c *checker) warn(o *Option, reason, remedy string) {
 	c.problems = append(c.problems, p)
 }
 
-// current returns what key is called today; ok is false if it means nothing in
-// [X-Fleet].
+// current returns the current name of a key, which may be a deprecated one; ok is
+// false for a key that is not one of [X-Fleet].
 func current(key string) (name string, ok bool) {
 	switch key {
 	case "X-ConditionMachineID", "X-ConditionMachineBootID":
@@ -341,7 +341,7 @@ func isTrue(s string) bool {
 	return slices.Contains([]string{"true", "yes", "1", "on", "t"}, strings.ToLower(s))
 }
 
-// parseSwitch returns a yes or no; of what it cannot read the answer is no.
+// parseSwitch reads a yes or no. Anything else is a no, with ok false.
 func parseSwitch(s string) (on, ok bool) {
 	on = isTrue(s)
 	return on, on || slices.Contains([]string{"false", "no", "0", "off", "f"}, strings.ToLower(s))
@@ -371,7 +371,7 @@ func (c *checker) reservations() {
 	for _, v := range c.values("MemoryReserve") {
 		size, ok := parseScaled(v.text, map[string]float64{"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40})
 		if c.req.Memory = size; !ok && !v.open {
-			c.refuse(v.Option, v.shown()+" is not an amount of memory", "write bytes, or a number with K, M, G or T behind it, such as 512M or 1.5G")
+			c.refuse(v.Option, v.shown()+" is not an amount of memory", "write bytes, or a number with K, M, G or T after it, such as 512M or 1.5G")
 		}
 	}
 	for _, v := range c.values("CPUReserve") {
@@ -463,8 +463,9 @@ func (c *checker) where() {
 	}
 }
 
-// combinations refuses what cannot go together, in fleet's order and words and
-// on values as written: fleet checks before it knows the unit's name.
+// combinations refuses options that exclude each other, in fleet's order and
+// words. It checks the values as written, as fleet does, which does not know the
+// unit's name yet.
 func (c *checker) combinations() []Problem {
 	ids := c.values("MachineID", "X-ConditionMachineID", "X-ConditionMachineBootID")
 	peers := c.values("X-ConditionMachineOf", "MachineOf")
@@ -492,7 +493,7 @@ func (c *checker) combinations() []Problem {
 		for _, v := range replaces {
 			if pattern, ok := firstMatch([]string{v.raw}, peer.raw); ok {
 				refuse(peer, v, fmt.Sprintf("unresolvable requirements: peer %q matches replace %q", peer.raw, pattern),
-					fmt.Sprintf("a unit cannot drive away the one it must be with: remove the peer of line %d or the pattern of line %d", peer.Line, v.Line))
+					fmt.Sprintf("a unit cannot replace the one it must be with: remove the peer of line %d or the pattern of line %d", peer.Line, v.Line))
 			}
 		}
 	}
@@ -519,7 +520,8 @@ func (c *checker) combinations() []Problem {
 	return found
 }
 
-// last returns the value of a switch that counts, if it is on.
+// last returns the last value of a switch, which is the one that counts, if it is
+// on.
 func (c *checker) last(name string) []value {
 	values := c.values(name)
 	if len(values) == 0 || !isTrue(values[len(values)-1].raw) {
