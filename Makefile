@@ -4,8 +4,8 @@ FUZZTIME ?= 20s
 
 .PHONY: build test unit race lint fuzz system cluster faults bench demo check deps haproxies fleetctl
 
-build: ## bin/flotilla, without libraries: it also runs on machines with another Linux
-	CGO_ENABLED=0 go build -ldflags "-X flotilla/internal/cli.Version=$(VERSION)" -o bin/flotilla ./cmd/flotilla
+build: ## bin/flotilla and bin/flotillad, without libraries: they also run on machines with another Linux
+	CGO_ENABLED=0 go build -ldflags "-X flotilla/internal/cli.Version=$(VERSION)" -o bin/ ./cmd/flotilla ./cmd/flotillad
 
 test: haproxies fleetctl lint ## everything that continuous integration runs
 	@$(MAKE) --no-print-directory -j2 unit system
@@ -36,6 +36,7 @@ check: lint race ## before a push
 lint: ## what tools can tell about the code
 	@echo gofmt -l .; out=$$(gofmt -l .); test -z "$$out" || { echo "not as gofmt writes it: $$out" >&2; exit 1; }
 	go vet ./... && go vet -tags system,cluster ./...
+	GOOS=darwin go build -o /dev/null ./cmd/flotilla
 	go tool staticcheck ./...
 	go tool errcheck ./...
 	go mod tidy -diff

@@ -12,7 +12,7 @@ import (
 func build(t *testing.T) (demo, flotilla string) {
 	t.Helper()
 	dir := t.TempDir()
-	for _, pkg := range []string{"./demo", "./cmd/flotilla"} {
+	for _, pkg := range []string{"./demo", "./cmd/flotilla", "./cmd/flotillad"} {
 		cmd := exec.Command("go", "build", "-o", dir+"/", pkg)
 		cmd.Dir = ".."
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // the machines have libraries of their own

@@ -25,7 +25,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "demo: backend:", backend(os.Args[2:]))
 		os.Exit(1)
 	}
-	binary := flag.String("flotilla", "bin/flotilla", "the flotilla binary")
+	binary := flag.String("flotilla", "bin/flotilla", "the flotilla binary; flotillad is beside it")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()

@@ -104,7 +104,7 @@ type node struct {
 func newNode(binary string, n int, p *place, ports ports) *node {
 	name := fmt.Sprintf("n%d", n+1)
 	v := &node{name: name, addr: p.addrs[n], dir: p.dir, ports: ports}
-	v.argv = append([]string{binary, "node", "--name=" + name, "--address=" + v.addr, "--data=" + filepath.Join(p.dir, name), "--socket=" + v.socket()}, ports.flags()...)
+	v.argv = append([]string{filepath.Join(filepath.Dir(binary), "flotillad"), "node", "--name=" + name, "--address=" + v.addr, "--data=" + filepath.Join(p.dir, name), "--socket=" + v.socket()}, ports.flags()...)
 	if n > 0 {
 		v.argv = append(v.argv, "--join="+p.addrs[0])
 	}

@@ -16,7 +16,7 @@ import (
 	"strings"
 	"testing"
 
-	"flotilla/internal/node"
+	"flotilla/internal/nodeconfig"
 )
 
 func read(t *testing.T, path string) string {
@@ -57,7 +57,7 @@ func compare(t *testing.T, what, page string, code, documented map[string]bool) 
 // Every option of a node stands as a row of a table, and no other flag does.
 func TestFlags(t *testing.T) {
 	code := map[string]bool{"print-units": true} // of the command alone
-	for _, o := range new(node.Config).Options() {
+	for _, o := range new(nodeconfig.Config).Options() {
 		code[o.Name] = true
 	}
 	compare(t, "flag", "reference/flags.md", code, set("(?m)^\\| `--([a-z-]+)`", read(t, "reference/flags.md")))

@@ -238,7 +238,7 @@ func TestFaults(t *testing.T) {
 		{"internal/api/a_test.go", `import "flotilla/internal/store/storetest"`, ""},
 		{"internal/api/a.go", `import "flotilla/internal/store/storetest"`, "store/storetest is for tests"},
 		{"cmd/flotilla/a.go", `import "flotilla/internal/store/storetest"`, "store/storetest is for tests"},
-		{"cmd/flotilla/a.go", `import "flotilla/internal/node"`, ""},
+		{"cmd/flotillad/a.go", `import "flotilla/internal/node"`, ""},
 		{"bench/dns/a.go", `import "flotilla/internal/store/storetest"`, ""},
 		{"internal/api/a.go", `import "go.etcd.io/etcd/client/v3"`, "go.etcd.io/etcd/client/v3 is imported by package store only"},
 		{"internal/api/a_test.go", `import "go.etcd.io/etcd/client/v3"`, ""},

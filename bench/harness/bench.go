@@ -24,7 +24,7 @@ import (
 // Bench is one run of one benchmark.
 type Bench struct {
 	Quick   bool   // a run that shows that it works, not how well
-	Binary  string // flotilla
+	Binary  string // flotilla; flotillad is beside it
 	HAProxy string // absolute path
 	Dir     string // for everything that is removed at the end; short enough for sockets
 

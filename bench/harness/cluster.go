@@ -93,7 +93,7 @@ func (b *Bench) StartNode(name, address string, args ...string) (*Node, error) {
 		"--store-client-port", fmt.Sprint(storePort), "--host-ports", "listeners", "--haproxy", b.HAProxy}, args...)
 	n.Started = time.Now()
 	var err error
-	n.process, err = Start(filepath.Join(b.Dir, name+".log"), b.Binary, args...)
+	n.process, err = Start(filepath.Join(b.Dir, name+".log"), filepath.Join(filepath.Dir(b.Binary), "flotillad"), args...)
 	n.api = client.Dial(socket)
 	return n, err
 }

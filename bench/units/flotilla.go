@@ -29,11 +29,11 @@ func (f flotilla) store() (string, []metric) {
 
 func (f flotilla) processes() (nodes, stores []int, err error) {
 	for _, n := range f.cluster.nodes {
-		node, err := processOf(n, "/usr/local/bin/flotilla", "node")
+		node, err := processOf(n, "/usr/local/bin/flotillad", "node")
 		if err != nil {
 			return nil, nil, err
 		}
-		store, err := processOf(n, "/usr/local/bin/flotilla", "store")
+		store, err := processOf(n, "/usr/local/bin/flotillad", "store")
 		if err != nil {
 			return nil, nil, err
 		}

@@ -2,52 +2,17 @@ package main
 
 import (
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
 	"flotilla/internal/cli"
-	"flotilla/internal/node"
-	"flotilla/internal/nspawn"
 )
-
-// What is written to a node is a configuration that the node takes.
-func TestNodeFiles(t *testing.T) {
-	metadata := []string{"disk=ssd", "zone=a"}
-	files, err := nodeFiles("/bin/true", [][2]string{{"name", "n1"}, {"insecure", "true"}, {"join", "n1,n3"}, {"metadata", strings.Join(metadata, ",")}, {"name", "n2"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := slices.IndexFunc(files, func(f nspawn.File) bool { return f.Path == nodeConfig })
-	path := filepath.Join(t.TempDir(), "node.yaml")
-	if err := os.WriteFile(path, []byte(files[at].Text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cfg, err := node.Load(&node.Config{ConfigFile: path}, func(option string) bool { return option == "config" }, nil)
-	if err != nil {
-		t.Fatalf("%v:\n%s", err, files[at].Text)
-	}
-	cfg.Address = "10.77.0.12" // the machine's only one
-	if err := cfg.Validate(); err != nil {
-		t.Error(err)
-	}
-	if cfg.Name != "n2" || !cfg.Insecure || !slices.Equal(cfg.Join, []string{"n1", "n3"}) || !slices.Equal(cfg.Metadata, metadata) {
-		t.Errorf("%s is read as %+v", files[at].Text, cfg)
-	}
-	for _, unit := range []string{"flotilla-store.service", "flotilla-node.service", "flotilla-haproxy.service"} {
-		at := slices.IndexFunc(files, func(f nspawn.File) bool { return f.Path == "/etc/systemd/system/multi-user.target.wants/"+unit })
-		if at < 0 {
-			t.Errorf("%s is not enabled", unit)
-		}
-	}
-}
 
 // Without the tools the command says how to get them; without root, how to be.
 func TestClusterCannot(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	var out, complaint strings.Builder
-	code := cli.Run([]string{"flotilla", "cluster", "up"}, &out, &complaint, &daemons)
+	code := cli.Run([]string{"flotilla", "cluster", "up"}, &out, &complaint)
 	want := []string{"not installed here: systemd-nspawn, mmdebstrap, ip", "hint: apt-get install systemd-container mmdebstrap iproute2"}
 	if os.Geteuid() != 0 {
 		want = []string{"by root only", "hint: sudo "}
@@ -72,7 +37,7 @@ func TestClusterUsage(t *testing.T) {
 		{"cluster dwon", `there is no command "flotilla cluster dwon"`},
 	} {
 		var out, complaint strings.Builder
-		if code := cli.Run(strings.Fields("flotilla "+tc.args), &out, &complaint, &daemons); code != cli.ExitUsage || !strings.Contains(complaint.String(), tc.want) {
+		if code := cli.Run(strings.Fields("flotilla "+tc.args), &out, &complaint); code != cli.ExitUsage || !strings.Contains(complaint.String(), tc.want) {
 			t.Errorf("%s: exit code %d, %s, want %q", tc.args, code, complaint.String(), tc.want)
 		}
 	}

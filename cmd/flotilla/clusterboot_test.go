@@ -18,16 +18,17 @@ import (
 	"flotilla/internal/nspawn/nspawntest"
 )
 
-// program builds the program that the nodes run: it must not need libraries.
+// program builds flotilla, and flotillad beside it, for the nodes: they must not need
+// libraries.
 func program(t *testing.T) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "flotilla")
-	cmd := exec.Command("go", "build", "-o", path, ".")
+	dir := t.TempDir()
+	cmd := exec.Command("go", "build", "-o", dir+"/", ".", "../flotillad")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	return path
+	return filepath.Join(dir, "flotilla")
 }
 
 // says runs the program and wants an exit code and output that matches each of

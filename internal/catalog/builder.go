@@ -22,7 +22,7 @@ import (
 type Builder struct {
 	rules     *rules
 	services  map[string]*entry // by name as written
-	holders   map[asset][]holder
+	holders   map[resource][]holder
 	snapshot  *Snapshot
 	endpoints int // in force, over all services
 	routable  int // services
@@ -33,16 +33,16 @@ type Builder struct {
 
 // entry is one service in the Builder.
 type entry struct {
-	name    string
-	reading *reading // nil: the service is gone
-	claims  []claim  // as entered in Builder.holders
-	excess  bool     // over MaxServices
+	name   string
+	parsed *parsed // nil: the service is gone
+	claims []claim // as entered in Builder.holders
+	excess bool    // over MaxServices
 	// Deletions of this service's keys are held if before > 0; it is how many
 	// endpoints there were before them, and losing how many would go.
 	before, losing int
 }
 
-// holder is a service that claims an asset; the first in the list has it.
+// holder is a service that claims a resource; the first in the list has it.
 type holder struct {
 	entry   *entry
 	created int64
@@ -80,7 +80,7 @@ func NewBuilder(p Policy) *Builder {
 	return &Builder{
 		rules:    newRules(p),
 		services: map[string]*entry{},
-		holders:  map[asset][]holder{},
+		holders:  map[resource][]holder{},
 		snapshot: &Snapshot{},
 	}
 }
@@ -143,11 +143,10 @@ func (b *Builder) Restore(revision int64, keys []SavedKey) *Snapshot {
 // edit is what a batch does to one service.
 type edit struct {
 	entry *entry
-	keys  []Key // the keys after the batch; a copy once owned is set
-	owned bool
+	keys  []Key // after the batch; no snapshot shares them
 	gone  []Key // what the batch deletes, as it was
-	after *reading
-	plain *reading // without held keys, if there are any
+	after *parsed
+	plain *parsed // without held keys, if there are any
 }
 
 // edits sorts a batch by service and leaves out what changes nothing.
@@ -182,7 +181,7 @@ func (b *Builder) edits(batch Batch) map[string]*edit {
 		return edits
 	}
 	for service, e := range b.services {
-		for _, k := range e.reading.service.Keys {
+		for _, k := range e.parsed.service.Keys {
 			if _, ok := present[joinKey(service, k.Name)]; ok || k.Held {
 				continue
 			}
@@ -202,7 +201,7 @@ func (b *Builder) keysOf(edits map[string]*edit, service string) []Key {
 		return ed.keys
 	}
 	if e := b.services[service]; e != nil {
-		return e.reading.service.Keys
+		return e.parsed.service.Keys
 	}
 	return nil
 }
@@ -215,7 +214,7 @@ func (b *Builder) edit(edits map[string]*edit, service string) *edit {
 		if ed.entry == nil {
 			ed.entry = &entry{name: strings.Clone(service)}
 		} else {
-			ed.keys = ed.entry.reading.service.Keys
+			ed.keys = slices.Clone(ed.entry.parsed.service.Keys)
 		}
 		edits[ed.entry.name] = ed
 	}
@@ -238,17 +237,9 @@ func (k *Key) same(kv *KeyValue) bool {
 // cut bounds what an over-long value costs in memory; it stays over-long.
 func cut(value string) string { return value[:min(len(value), maxOptions+1)] }
 
-func (ed *edit) own(room int) {
-	if !ed.owned {
-		ed.keys = append(make([]Key, 0, len(ed.keys)+room), ed.keys...)
-		ed.owned = true
-	}
-}
-
 // put adds or replaces a key. If the new value is bad, the last good one stays
 // with it.
 func (ed *edit) put(r *rules, k Key) {
-	ed.own(1)
 	at, found := find(ed.keys, k.Name)
 	kind, _ := kindOf(k.Name)
 	if short := cut(k.Value); len(short) < len(k.Value) {
@@ -271,88 +262,56 @@ func (ed *edit) put(r *rules, k Key) {
 		ed.keys[at] = k
 		return
 	}
-	k.Name = keep(k.Name)
+	k.Name = strings.Clone(k.Name) // it is a part of the longer key
 	ed.keys = slices.Insert(ed.keys, at, k)
 }
 
-// keep copies a key name out of the longer string it is part of.
-func keep(name string) string {
-	switch name {
-	case "scheme":
-		return "scheme"
-	case "host_port":
-		return "host_port"
-	case "private":
-		return "private"
-	case "options":
-		return "options"
-	}
-	return strings.Clone(name)
-}
-
 func (ed *edit) remove(at int) {
-	ed.own(0)
 	ed.gone = append(ed.gone, ed.keys[at])
 	ed.keys = slices.Delete(ed.keys, at, at+1)
 }
 
-// read reads the service after the batch. Held keys are let go as soon as the
-// service has as many endpoints without them as it had before the loss.
+// read parses the service as it is after the batch. Held deletions are carried out
+// as soon as the service has as many endpoints without the held keys as it had
+// before the loss.
 func (ed *edit) read(r *rules) {
-	if cap(ed.keys) > len(ed.keys)+len(ed.keys)/4 {
-		ed.keys = slices.Clone(ed.keys)
-	}
-	ed.plain = nil
+	ed.keys = slices.Clone(ed.keys) // without spare room: it stays for long
+	ed.after, ed.plain = r.parse(ed.entry.name, ed.keys), nil
 	if !slices.ContainsFunc(ed.keys, func(k Key) bool { return k.Held }) {
 		ed.entry.before = 0
+		return
 	}
-	if ed.entry.before > 0 {
-		ed.plain = readAny(r, ed.entry.name, withoutHeld(ed.keys))
-		if ed.plain.endpoints() >= ed.entry.before {
-			ed.letGo()
-			return
-		}
+	plain := r.parse(ed.entry.name, withoutHeld(ed.keys))
+	if plain.endpoints() >= ed.entry.before {
+		ed.after, ed.entry.before = plain, 0
+		return
 	}
-	ed.after = readAny(r, ed.entry.name, ed.keys)
-}
-
-// letGo applies the deletions that were held.
-func (ed *edit) letGo() {
-	ed.after, ed.plain, ed.entry.before = ed.plain, nil, 0
-}
-
-func readAny(r *rules, service string, keys []Key) *reading {
-	if len(keys) == 0 {
-		return nil
-	}
-	return r.read(service, keys)
+	ed.plain = plain
 }
 
 // replace puts an edited service in the place of what it was.
 func (b *Builder) replace(ed *edit, dirty map[*entry]struct{}) {
 	e := ed.entry
-	b.endpoints += ed.after.endpoints() - e.reading.endpoints()
-	b.routable += ed.after.routable() - e.reading.routable()
+	b.endpoints += ed.after.endpoints() - e.parsed.endpoints()
+	if e.parsed.routable() {
+		b.routable--
+	}
+	if ed.after.routable() {
+		b.routable++
+	}
 	losing := 0
 	if e.before > 0 {
 		losing = max(0, e.before-ed.plain.endpoints())
 	}
 	b.updateHold(e, losing)
 	e.losing = losing
-	e.reading = ed.after
-	if e.reading == nil {
+	e.parsed = ed.after
+	if e.parsed == nil {
 		delete(b.services, e.name)
 	} else {
 		b.services[e.name] = e
 	}
 	dirty[e] = struct{}{}
-}
-
-func (rd *reading) routable() int {
-	if rd == nil || !rd.service.Routable() {
-		return 0
-	}
-	return 1
 }
 
 // finish settles limits and claims and makes the snapshot.
@@ -372,12 +331,12 @@ func (b *Builder) finish(revision int64, dirty map[*entry]struct{}) *Snapshot {
 		changed = make(map[string]*Service, len(dirty))
 	}
 	for e := range dirty {
-		if e.reading == nil {
+		if e.parsed == nil {
 			name := safeName(e.name, shownLength)
 			changed[name] = nil
 			continue
 		}
-		changed[e.reading.service.Name] = b.settle(e)
+		changed[e.parsed.service.Name] = b.resolve(e)
 	}
 	held := b.endHold()
 	if len(changed) == 0 && revision == b.snapshot.Revision && held == b.snapshot.Held {
@@ -395,14 +354,14 @@ func (b *Builder) limitServices(dirty map[*entry]struct{}) {
 	}
 	all := make([]*entry, 0, b.routable)
 	for _, e := range b.services {
-		if e.reading.routable() == 1 {
+		if e.parsed.routable() {
 			all = append(all, e)
 		} else {
 			e.excess = false
 		}
 	}
 	slices.SortFunc(all, func(x, y *entry) int {
-		return cmp.Or(cmp.Compare(x.reading.created, y.reading.created), strings.Compare(x.name, y.name))
+		return cmp.Or(cmp.Compare(x.parsed.created, y.parsed.created), strings.Compare(x.name, y.name))
 	})
 	for i, e := range all {
 		if excess := i >= b.rules.MaxServices; excess != e.excess {

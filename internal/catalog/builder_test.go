@@ -520,8 +520,10 @@ func createdOf(s *Service, what string) int64 { return created(s, wanted(s)[what
 func checkBooks(t *rapid.T, b *Builder, snap *Snapshot) {
 	endpoints, routable := 0, 0
 	for _, e := range b.services {
-		endpoints += e.reading.endpoints()
-		routable += e.reading.routable()
+		endpoints += e.parsed.endpoints()
+		if e.parsed.routable() {
+			routable++
+		}
 	}
 	if b.endpoints != endpoints || b.routable != routable || snap.Len() != len(b.services) {
 		t.Fatalf("books: %d endpoints, %d routable, %d services; counted: %d, %d, %d", b.endpoints, b.routable, snap.Len(), endpoints, routable, len(b.services))

@@ -5,14 +5,16 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"flotilla/internal/text"
 )
 
 // enterClaims brings a service's claims up to date and marks as dirty the
 // services whose standing changes by it.
 func (b *Builder) enterClaims(e *entry, dirty map[*entry]struct{}) {
 	var want []claim
-	if e.reading != nil && !e.excess {
-		want = e.reading.claims
+	if e.parsed != nil && !e.excess {
+		want = e.parsed.claims
 	}
 	if !slices.Equal(e.claims, want) {
 		for _, c := range e.claims {
@@ -30,27 +32,27 @@ func holderOrder(x, y holder) int {
 }
 
 func (b *Builder) withdraw(e *entry, c claim, dirty map[*entry]struct{}) {
-	list := b.holders[c.asset]
+	list := b.holders[c.resource]
 	at, found := slices.BinarySearchFunc(list, holder{e, c.created}, holderOrder)
 	if !found {
 		return
 	}
 	list = slices.Delete(list, at, at+1)
 	if len(list) == 0 {
-		delete(b.holders, c.asset)
+		delete(b.holders, c.resource)
 		return
 	}
-	b.holders[c.asset] = list
+	b.holders[c.resource] = list
 	if at == 0 {
 		mark(list, dirty)
 	}
 }
 
 func (b *Builder) enter(e *entry, c claim, dirty map[*entry]struct{}) {
-	list := b.holders[c.asset]
+	list := b.holders[c.resource]
 	at, _ := slices.BinarySearchFunc(list, holder{e, c.created}, holderOrder)
 	list = slices.Insert(list, at, holder{e, c.created})
-	b.holders[c.asset] = list
+	b.holders[c.resource] = list
 	if at == 0 {
 		mark(list, dirty)
 	}
@@ -64,21 +66,21 @@ func mark(list []holder, dirty map[*entry]struct{}) {
 	}
 }
 
-// settle returns the service as it is after all claims: usually the reading
-// itself, else a copy without what other services hold.
-func (b *Builder) settle(e *entry) *Service {
-	own := e.reading.service
+// resolve returns the service as it is after all claims: usually as it was parsed,
+// else a copy without what other services hold.
+func (b *Builder) resolve(e *entry) *Service {
+	own := e.parsed.service
 	if e.excess {
 		s := *own
 		s.Scheme, s.HostPort, s.Domains = "", 0, nil
 		p := Problem{Key: Prefix + own.Name, Reason: fmt.Sprintf("there are more than %d services; the newest are left out", b.rules.MaxServices),
 			Remedy: "remove services that nobody needs, or raise the limit in the nodes' policy; this lists them: flotilla services list"}
-		s.Problems = settle(append(slices.Clone(own.Problems), p))
+		s.Problems = sortProblems(append(slices.Clone(own.Problems), p))
 		return &s
 	}
 	var s *Service
 	for _, c := range e.claims {
-		winner := b.holders[c.asset][0].entry
+		winner := b.holders[c.resource][0].entry
 		if winner == e {
 			continue
 		}
@@ -92,13 +94,13 @@ func (b *Builder) settle(e *entry) *Service {
 	if s == nil {
 		return own
 	}
-	s.Problems = settle(s.Problems)
+	s.Problems = sortProblems(s.Problems)
 	return s
 }
 
 // lose takes from s what winner holds and returns the problem that says so.
 func (s *Service) lose(c claim, winner string) Problem {
-	p := Problem{Key: joinKey(s.Name, Show(c.key)), Value: c.value}
+	p := Problem{Key: joinKey(s.Name, text.Show(c.key)), Value: c.value}
 	switch c.kind {
 	case kindHostPort:
 		s.HostPort = 0

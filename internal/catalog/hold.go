@@ -54,7 +54,7 @@ func (ed *edit) loss() int {
 	if len(ed.gone) == 0 {
 		return 0
 	}
-	return ed.entry.reading.endpoints() - ed.after.endpoints()
+	return ed.entry.parsed.endpoints() - ed.after.endpoints()
 }
 
 func (l loss) suspicious(of int) bool {
@@ -75,7 +75,7 @@ func (b *Builder) startHold(batch Batch, edits map[string]*edit) {
 			continue
 		}
 		if ed.entry.before == 0 {
-			ed.entry.before = ed.entry.reading.endpoints()
+			ed.entry.before = ed.entry.parsed.endpoints()
 		}
 		for _, k := range ed.gone {
 			at, found := find(ed.keys, k.Name)
@@ -109,7 +109,7 @@ func (b *Builder) updateHold(e *entry, losing int) {
 // release carries out everything that is held.
 func (b *Builder) release(dirty map[*entry]struct{}) {
 	for e := range b.hold.services {
-		ed := &edit{entry: e, after: readAny(b.rules, e.name, withoutHeld(e.reading.service.Keys))}
+		ed := &edit{entry: e, after: b.rules.parse(e.name, withoutHeld(e.parsed.service.Keys))}
 		e.before = 0
 		b.replace(ed, dirty)
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"flotilla/internal/text"
 )
 
 const defaultWeight = 100
@@ -33,49 +35,55 @@ func joinKey(service, name string) string {
 	return Prefix + service + "/" + name
 }
 
-// reading is what the keys of one service say on their own, before other
-// services' claims are looked at.
-type reading struct {
+// parsed is what the keys of one service say on their own, before other services'
+// claims are looked at.
+type parsed struct {
 	service *Service
 	claims  []claim
 	created int64 // create revision of the scheme key, by which services are ranked
 }
 
-// endpoints is the number of endpoints that get traffic.
-func (rd *reading) endpoints() int {
-	if rd == nil || !rd.service.Routable() {
+// endpoints is the number of endpoints that get traffic. A nil p has none.
+func (p *parsed) endpoints() int {
+	if !p.routable() {
 		return 0
 	}
-	return len(rd.service.Endpoints)
+	return len(p.service.Endpoints)
 }
 
-// asset is something that only one service can hold.
-type asset struct {
+func (p *parsed) routable() bool { return p != nil && p.service.Routable() }
+
+// resource is something that only one service can hold.
+type resource struct {
 	kind  kind   // kindScheme (the name itself), kindHostPort or kindDomain
 	value string // the name in lower case, the port, the domain
 }
 
-// claim is a service's wish for an asset. The oldest claim wins.
+// claim is a service's wish for a resource. The oldest claim wins.
 type claim struct {
-	asset
+	resource
 	key     string // name of the key that claims
 	created int64  // its create revision
 }
 
-// read makes a service of its keys, which must be sorted by name and are kept.
-func (r *rules) read(service string, keys []Key) *reading {
-	p := parser{rules: r, raw: service, svc: &Service{Name: safeName(service, shownLength), Keys: keys}}
+// parse makes a service of its keys, which must be sorted by name and are kept. It
+// returns nil if there are none.
+func (r *rules) parse(service string, keys []Key) *parsed {
+	if len(keys) == 0 {
+		return nil
+	}
+	p := parser{rules: r, raw: service, addrs: map[netip.AddrPort]string{}, svc: &Service{Name: safeName(service, shownLength), Keys: keys}}
 	for i := range keys {
 		p.svc.Revision = max(p.svc.Revision, keys[i].ModRevision)
 	}
-	rd := &reading{service: p.svc}
+	result := &parsed{service: p.svc}
 	if f := readName(service); f != nil {
 		remove := p.deleteAll()
 		if len(keys) == 1 {
 			remove = p.deleteKey(keys[0].Name)
 		}
 		p.problem("", "", f.reason, f.advice+", and remove this one: "+remove)
-		return rd
+		return result
 	}
 	for i := range keys {
 		p.key(&keys[i])
@@ -83,14 +91,14 @@ func (r *rules) read(service string, keys []Key) *reading {
 	p.limitEndpoints()
 	p.applyMeta()
 	p.fitScheme()
-	rd.created, rd.claims = p.created, p.claims()
-	p.svc.Problems = settle(p.svc.Problems)
-	return rd
+	result.created, result.claims = p.created, p.claims()
+	p.svc.Problems = sortProblems(p.svc.Problems)
+	return result
 }
 
 // readName says what is wrong with a service name, or nil.
-func readName(name string) *fault {
-	fail := func(reason, advice string) *fault { return &fault{reason: reason, advice: advice} }
+func readName(name string) *valueError {
+	fail := func(reason, advice string) *valueError { return &valueError{reason: reason, advice: advice} }
 	digits := true
 	for i := range len(name) {
 		c := name[i]
@@ -120,7 +128,7 @@ type parser struct {
 	created int64 // of the scheme key
 	port    claim
 	domains []claim
-	addrs   map[netip.AddrPort]string // name of the endpoint that has it; see holder
+	addrs   map[netip.AddrPort]string // name of the endpoint that has it
 	metas   []namedMeta
 	options string // the options value that is in force
 }
@@ -133,9 +141,9 @@ type namedMeta struct {
 func (p *parser) problem(name, value, reason, remedy string) {
 	key := Prefix + p.svc.Name
 	if name != "" {
-		key += "/" + Show(name)
+		key += "/" + text.Show(name)
 	}
-	p.svc.Problems = append(p.svc.Problems, Problem{key, Show(value), reason, remedy})
+	p.svc.Problems = append(p.svc.Problems, Problem{key, text.Show(value), reason, remedy})
 }
 
 // put and deleteKey are the commands for a remedy.
@@ -167,8 +175,8 @@ func (p *parser) key(k *Key) {
 	switch kind {
 	case kindOther:
 		return
-	case kindSlip:
-		p.slip(k, arg)
+	case kindMisspelt:
+		p.misspelt(k, arg)
 		return
 	case kindHost:
 		if len(arg) > maxEndpointName {
@@ -185,7 +193,7 @@ func (p *parser) key(k *Key) {
 		if k.HasGood {
 			value = k.Good
 			if set, still = p.check(kind, value); still == nil {
-				reason += "; the last good value stays in force: " + Show(trim(value))
+				reason += "; the last good value stays in force: " + text.Show(trim(value))
 			}
 		}
 		p.problem(k.Name, k.Value, reason, f.advice+": "+p.put(k.Name, f.instead))
@@ -209,11 +217,11 @@ func (p *parser) take(k *Key, kind kind, arg string, set setting) {
 		p.endpoint(k, arg, set.addr)
 	case kindHostPort:
 		p.svc.HostPort = set.port
-		p.port = claim{asset{kindHostPort, strconv.Itoa(set.port)}, "host_port", k.CreateRevision}
+		p.port = claim{resource{kindHostPort, strconv.Itoa(set.port)}, "host_port", k.CreateRevision}
 	case kindPrivate:
 		p.svc.Private = true
 	case kindDomain:
-		p.domains = append(p.domains, claim{asset{kindDomain, set.domain}, k.Name, k.CreateRevision})
+		p.domains = append(p.domains, claim{resource{kindDomain, set.domain}, k.Name, k.CreateRevision})
 	case kindOptions:
 		p.svc.Options = set.options
 	case kindMeta:
@@ -221,58 +229,26 @@ func (p *parser) take(k *Key, kind kind, arg string, set setting) {
 	}
 }
 
-// slip reports a key that looks like one of ours but is none.
-func (p *parser) slip(k *Key, meant string) {
+// misspelt reports a key that looks like one of ours but is none.
+func (p *parser) misspelt(k *Key, meant string) {
 	kind, _ := kindOf(meant)
 	instead := trim(k.Value)
 	if _, f := p.check(kind, instead); f != nil || kind == kindPrivate || !printable(instead) || strings.HasPrefix(instead, "-") {
 		instead = kind.example()
 	}
-	p.problem(k.Name, k.Value, "the key has no meaning; did you mean "+Show(joinKey(p.raw, meant))+"?",
+	p.problem(k.Name, k.Value, "the key has no meaning; did you mean "+text.Show(joinKey(p.raw, meant))+"?",
 		"write that one, then delete this one: "+p.put(meant, instead)+" && "+p.deleteKey(k.Name))
 }
 
 func (p *parser) endpoint(k *Key, name string, addr netip.AddrPort) {
-	if first, taken := p.holder(addr); taken {
-		p.problem(k.Name, k.Value, fmt.Sprintf("%s is already registered as hosts/%s", addr, Show(first)),
+	if first, taken := p.addrs[addr]; taken {
+		p.problem(k.Name, k.Value, fmt.Sprintf("%s is already registered as hosts/%s", addr, text.Show(first)),
 			"delete one of the two: "+p.deleteKey(k.Name))
 		return
 	}
-	if p.svc.Endpoints == nil {
-		n := 0
-		for i := range p.svc.Keys {
-			if strings.HasPrefix(p.svc.Keys[i].Name, "hosts/") {
-				n++
-			}
-		}
-		p.svc.Endpoints = make([]Endpoint, 0, n)
-	}
 	e := Endpoint{Name: safeName(name, maxEndpointName), Addr: addr, Weight: defaultWeight}
 	p.svc.Endpoints = append(p.svc.Endpoints, e)
-	if p.addrs != nil {
-		p.addrs[addr] = e.Name
-	}
-}
-
-// holder returns the name of the endpoint that has addr already. Ordinary
-// services are scanned; a map would cost more than it saves.
-func (p *parser) holder(addr netip.AddrPort) (string, bool) {
-	if len(p.svc.Endpoints) < 16 {
-		for i := range p.svc.Endpoints {
-			if p.svc.Endpoints[i].Addr == addr {
-				return p.svc.Endpoints[i].Name, true
-			}
-		}
-		return "", false
-	}
-	if p.addrs == nil {
-		p.addrs = make(map[netip.AddrPort]string)
-		for _, e := range p.svc.Endpoints {
-			p.addrs[e.Addr] = e.Name
-		}
-	}
-	name, taken := p.addrs[addr]
-	return name, taken
+	p.addrs[addr] = e.Name
 }
 
 // limitEndpoints leaves out the newest endpoints if there are too many, so that
@@ -362,7 +338,7 @@ func (p *parser) claims() []claim {
 	var all []claim
 	if !s.Private {
 		all = append(make([]claim, 0, len(p.domains)+2),
-			claim{asset{kindScheme, strings.ToLower(p.raw)}, "", p.created})
+			claim{resource{kindScheme, strings.ToLower(p.raw)}, "", p.created})
 		p.oldestDomains()
 		for _, c := range p.domains {
 			s.Domains = append(s.Domains, c.value)
@@ -389,8 +365,8 @@ func (p *parser) oldestDomains() {
 	}
 }
 
-// settle sorts problems by key and bounds their number.
-func settle(problems []Problem) []Problem {
+// sortProblems sorts problems by key and bounds their number.
+func sortProblems(problems []Problem) []Problem {
 	if len(problems) < 2 {
 		return problems
 	}

@@ -94,7 +94,7 @@ func checkDiff(t *rapid.T, was *Snapshot, wasIn map[string]*Service, is *Snapsho
 		t.Fatalf("All yields %v, want %v", got, isIn)
 	}
 	names := slices.Concat(slices.Collect(maps.Keys(wasIn)), slices.Collect(maps.Keys(isIn)))
-	slices.Sort(names)
+	slices.SortFunc(names, compareNames)
 	var want []Change
 	for _, n := range slices.Compact(names) {
 		if wasIn[n] != isIn[n] {
@@ -116,7 +116,8 @@ func byName(s *Snapshot) func(yield func(string, *Service) bool) {
 	}
 }
 
-// The cost of Diff follows the change: only the shards that differ are looked at.
+// One change of a large catalog is one pair in the difference: all other services
+// are the same pointers.
 func TestSnapshotsShareWhatDidNotChange(t *testing.T) {
 	services := map[string]*Service{}
 	for i := range 10_000 {
@@ -125,16 +126,7 @@ func TestSnapshotsShareWhatDidNotChange(t *testing.T) {
 	}
 	a := snapshotOf(services)
 	b := a.with(2, map[string]*Service{"svc-7": {Name: "svc-7"}})
-	differ := 0
-	for i := range a.shards {
-		if a.shards[i] != b.shards[i] {
-			differ++
-		}
-	}
-	if differ != 1 {
-		t.Errorf("one change made %d new shards", differ)
-	}
-	if d := b.Diff(a); len(d) != 1 || d[0].Name() != "svc-7" {
+	if d := b.Diff(a); len(d) != 1 || d[0].Name() != "svc-7" || d[0].Old != services["svc-7"] {
 		t.Errorf("Diff is %v", d)
 	}
 }

@@ -10,14 +10,16 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"flotilla/internal/text"
 )
 
 // kind is what a key below /services/<name>/ is for.
 type kind uint8
 
 const (
-	kindOther kind = iota // not ours: ignored
-	kindSlip              // not ours, but probably meant to be
+	kindOther    kind = iota // not ours: ignored
+	kindMisspelt             // not ours, but probably meant to be
 	kindScheme
 	kindHost
 	kindHostPort
@@ -28,46 +30,46 @@ const (
 )
 
 // kindOf tells what the key called name is for. arg is the <n> of hosts/<n>,
-// domains/<n> and meta/<n>; for a slip it is the name that was probably meant.
+// domains/<n> and meta/<n>; for a misspelt key it is the name that was probably
+// meant.
 func kindOf(name string) (k kind, arg string) {
 	first, rest, nested := strings.Cut(name, "/")
 	switch first {
-	case "hosts", "domains", "meta":
-		if strings.Contains(rest, "/") {
-			return kindOther, ""
+	case "hosts":
+		k = kindHost
+	case "domains":
+		k = kindDomain
+	case "meta":
+		k = kindMeta
+	case "scheme":
+		k = kindScheme
+	case "host_port":
+		k = kindHostPort
+	case "private":
+		k = kindPrivate
+	case "options":
+		k = kindOptions
+	default:
+		if meant := meantBy(first, rest); meant != "" {
+			return kindMisspelt, meant
 		}
-		if rest == "" {
-			return kindSlip, first + "/1"
-		}
-		switch first {
-		case "hosts":
-			return kindHost, rest
-		case "domains":
-			return kindDomain, rest
-		}
-		return kindMeta, rest
-	case "scheme", "host_port", "private", "options":
-		switch {
-		case nested:
-			return kindSlip, first
-		case first == "scheme":
-			return kindScheme, ""
-		case first == "host_port":
-			return kindHostPort, ""
-		case first == "private":
-			return kindPrivate, ""
-		}
-		return kindOptions, ""
+		return kindOther, ""
 	}
-	if meant := slipOf(first, rest); meant != "" {
-		return kindSlip, meant
+	numbered := k == kindHost || k == kindDomain || k == kindMeta
+	switch {
+	case numbered && rest == "":
+		return kindMisspelt, first + "/1"
+	case numbered && strings.Contains(rest, "/"):
+		return kindOther, ""
+	case !numbered && nested:
+		return kindMisspelt, first
 	}
-	return kindOther, ""
+	return k, rest
 }
 
-// slipOf returns the key that the unknown key first/rest was probably meant to
+// meantBy returns the key that the unknown key first/rest was probably meant to
 // be, or "". Sibling keys of other tools are allowed, so only near misses count.
-func slipOf(first, rest string) string {
+func meantBy(first, rest string) string {
 	if first == "" && rest == "" { // the key /services/<name> itself
 		return "hosts/1"
 	}
@@ -118,7 +120,7 @@ type setting struct {
 	domain  string
 	options Options
 	meta    meta
-	unknown *fault // fields of options or meta that nobody knows; the others are in force
+	unknown *valueError // fields of options or meta that do not exist; the others are in force
 }
 
 type meta struct {
@@ -127,15 +129,15 @@ type meta struct {
 	zone   string
 }
 
-// fault is what is wrong with a value: the reason, what to do, and the value to
-// write instead.
-type fault struct{ reason, advice, instead string }
+// valueError is what is wrong with a value: the reason, what to do, and the value
+// to write instead.
+type valueError struct{ reason, advice, instead string }
 
 // check reads the value of a key. Spaces, tabs and line ends around it do not
 // count, because `echo 10.0.0.1:80 | etcdctl put ...` leaves one there.
-func (r *rules) check(k kind, value string) (setting, *fault) {
+func (r *rules) check(k kind, value string) (setting, *valueError) {
 	var s setting
-	if k == kindPrivate || k == kindOther || k == kindSlip {
+	if k == kindPrivate || k == kindOther || k == kindMisspelt {
 		return s, nil
 	}
 	limit := maxValue
@@ -143,13 +145,13 @@ func (r *rules) check(k kind, value string) (setting, *fault) {
 		limit = maxOptions
 	}
 	if len(value) > limit {
-		return s, &fault{fmt.Sprintf("the value is longer than %d bytes", limit), "write a shorter value", k.example()}
+		return s, &valueError{fmt.Sprintf("the value is longer than %d bytes", limit), "write a shorter value", k.example()}
 	}
 	value = trim(value)
 	if value == "" {
-		return s, &fault{"the value is empty", "write a value, or delete the key", k.example()}
+		return s, &valueError{"the value is empty", "write a value, or delete the key", k.example()}
 	}
-	var f *fault
+	var f *valueError
 	switch k {
 	case kindScheme:
 		s.scheme, f = readScheme(value)
@@ -169,12 +171,12 @@ func (r *rules) check(k kind, value string) (setting, *fault) {
 
 func trim(value string) string { return strings.Trim(value, " \t\r\n") }
 
-func readScheme(value string) (Scheme, *fault) {
+func readScheme(value string) (Scheme, *valueError) {
 	switch s := Scheme(value); s {
 	case HTTP, TCP, HTTPS, HTTPAndHTTPS:
 		return s, nil
 	}
-	f := &fault{Show(value) + " is not a scheme", "write http, tcp, https or http-and-https", "http"}
+	f := &valueError{text.Show(value) + " is not a scheme", "write http, tcp, https or http-and-https", "http"}
 	switch s := Scheme(strings.ToLower(value)); s {
 	case TCP, HTTPS, HTTPAndHTTPS:
 		f.instead = string(s)
@@ -198,24 +200,24 @@ func number(s string, limit int) (int, bool) {
 	return n, n <= limit
 }
 
-func (r *rules) readHostPort(value string) (int, *fault) {
+func (r *rules) readHostPort(value string) (int, *valueError) {
 	port, ok := number(value, 65535)
 	if !ok {
-		return 0, &fault{Show(value) + " is not a port", "write a number from 1 to 65535", kindHostPort.example()}
+		return 0, &valueError{text.Show(value) + " is not a port", "write a number from 1 to 65535", kindHostPort.example()}
 	}
 	if user, taken := r.ReservedPorts[port]; taken {
-		return 0, &fault{fmt.Sprintf("port %d is used by %s on every node", port, Show(user)), "write another port", kindHostPort.example()}
+		return 0, &valueError{fmt.Sprintf("port %d is used by %s on every node", port, text.Show(user)), "write another port", kindHostPort.example()}
 	}
 	return port, nil
 }
 
 // readEndpoint reads ip:port or [ip6]:port.
-func (r *rules) readEndpoint(value string) (netip.AddrPort, *fault) {
-	fail := func(reason, advice, instead string) (netip.AddrPort, *fault) {
+func (r *rules) readEndpoint(value string) (netip.AddrPort, *valueError) {
+	fail := func(reason, advice, instead string) (netip.AddrPort, *valueError) {
 		if instead == "" {
 			instead = kindHost.example()
 		}
-		return netip.AddrPort{}, &fault{reason, advice, instead}
+		return netip.AddrPort{}, &valueError{reason, advice, instead}
 	}
 	if _, rest, ok := strings.Cut(value, "://"); ok {
 		host, _, _ := strings.Cut(rest, "/")
@@ -231,7 +233,7 @@ func (r *rules) readEndpoint(value string) (netip.AddrPort, *fault) {
 	}
 	colon := strings.LastIndexByte(value, ':')
 	if colon < 0 {
-		return fail(Show(value)+" is not ip:port", "write the address, a colon and the port; names are not resolved", "")
+		return fail(text.Show(value)+" is not ip:port", "write the address, a colon and the port; names are not resolved", "")
 	}
 	host, port := value[:colon], value[colon+1:]
 	inner, bracketed := strings.CutPrefix(host, "[")
@@ -243,9 +245,9 @@ func (r *rules) readEndpoint(value string) (netip.AddrPort, *fault) {
 	case host == "":
 		return fail("there is no address before the port", "write the address too", "")
 	case err != nil && strings.Trim(host, "0123456789.:[]") == "":
-		return fail(Show(host)+" is not an IP address", "write an address of four numbers up to 255, or IPv6 in brackets", "")
+		return fail(text.Show(host)+" is not an IP address", "write an address of four numbers up to 255, or IPv6 in brackets", "")
 	case err != nil:
-		return fail(Show(host)+" is not an IP address", "write the address; names are not resolved", "")
+		return fail(text.Show(host)+" is not an IP address", "write the address; names are not resolved", "")
 	case bracketed != addr.Is6():
 		return fail("brackets belong around an IPv6 address and only there", "write 10.0.0.11:8080 or [2001:db8::11]:8080", "")
 	case addr.Zone() != "":
@@ -253,7 +255,7 @@ func (r *rules) readEndpoint(value string) (netip.AddrPort, *fault) {
 	}
 	n, ok := number(port, 65535)
 	if !ok {
-		return fail(Show(port)+" is not a port", "write a port from 1 to 65535 after the colon",
+		return fail(text.Show(port)+" is not a port", "write a port from 1 to 65535 after the colon",
 			netip.AddrPortFrom(addr, 8080).String())
 	}
 	addr = addr.Unmap()
@@ -265,9 +267,9 @@ func (r *rules) readEndpoint(value string) (netip.AddrPort, *fault) {
 
 // readDomain reads a host name, or a wildcard for everything below one, and
 // returns it in lower case.
-func (r *rules) readDomain(value string) (string, *fault) {
-	fail := func(reason, advice string) (string, *fault) {
-		return "", &fault{reason, advice, kindDomain.example()}
+func (r *rules) readDomain(value string) (string, *valueError) {
+	fail := func(reason, advice string) (string, *valueError) {
+		return "", &valueError{reason, advice, kindDomain.example()}
 	}
 	domain := strings.ToLower(value)
 	base, wildcard := strings.CutPrefix(domain, "*.")
@@ -278,24 +280,24 @@ func (r *rules) readDomain(value string) (string, *fault) {
 		return fail("the star may only be the whole first part", "write the host name, or *.example.com for all below it")
 	}
 	if _, err := netip.ParseAddr(strings.Trim(domain, "[]")); err == nil {
-		return fail(Show(value)+" is an IP address", "write a host name")
+		return fail(text.Show(value)+" is an IP address", "write a host name")
 	}
 	labels := strings.Split(base, ".")
 	for _, l := range labels {
 		if !validLabel(l) {
-			return fail(Show(value)+" is not a host name", "write a host name of letters, digits, dashes and dots, without port or path")
+			return fail(text.Show(value)+" is not a host name", "write a host name of letters, digits, dashes and dots, without port or path")
 		}
 	}
 	last := labels[len(labels)-1]
 	switch {
 	case len(labels) < 2 && wildcard:
-		return fail(Show(value)+" would take a whole top-level domain", "write a wildcard with at least two names after the star, such as *.example.com")
+		return fail(text.Show(value)+" would take a whole top-level domain", "write a wildcard with at least two names after the star, such as *.example.com")
 	case len(labels) < 2:
-		return fail(Show(value)+" has no dot", "write the full host name")
+		return fail(text.Show(value)+" has no dot", "write the full host name")
 	case strings.Trim(last, "0123456789") == "":
-		return fail(Show(value)+" ends like an IP address", "write a host name")
+		return fail(text.Show(value)+" ends like an IP address", "write a host name")
 	case r.LocalDomain != "" && (base == r.LocalDomain || strings.HasSuffix(base, "."+r.LocalDomain)):
-		return fail("names in "+Show(r.LocalDomain)+" belong to the services of that name", "write a host name in another domain")
+		return fail("names in "+text.Show(r.LocalDomain)+" belong to the services of that name", "write a host name in another domain")
 	}
 	return domain, nil
 }
@@ -319,7 +321,7 @@ type field struct {
 	set            func(raw json.RawMessage) bool
 }
 
-func readOptions(value string) (o Options, unknown, f *fault) {
+func readOptions(value string) (o Options, unknown, f *valueError) {
 	retries := true
 	known := map[string]field{
 		"strip_path":      flag(&o.StripPath),
@@ -346,7 +348,7 @@ func readOptions(value string) (o Options, unknown, f *fault) {
 	return o, unknown, f
 }
 
-func readMeta(value string) (m meta, unknown, f *fault) {
+func readMeta(value string) (m meta, unknown, f *valueError) {
 	m.weight = defaultWeight
 	unknown, f = readFields(value, map[string]field{
 		"weight": count(&m.weight, 0, 256, "a number from 0 to 256"),
@@ -394,7 +396,7 @@ func timeout(to *time.Duration) field {
 // readFields reads a JSON object whose fields are known. A field of the wrong
 // type or range makes the whole value bad; an unknown one is left out and said.
 // null leaves a field as if it were not there.
-func readFields(value string, known map[string]field) (unknown, f *fault) {
+func readFields(value string, known map[string]field) (unknown, f *valueError) {
 	var fields map[string]json.RawMessage
 	err := json.Unmarshal([]byte(value), &fields)
 	if err != nil || fields == nil {
@@ -405,29 +407,29 @@ func readFields(value string, known map[string]field) (unknown, f *fault) {
 		}
 		names := slices.Sorted(maps.Keys(known))
 		example := fmt.Sprintf(`{"%s": %s}`, names[0], known[names[0]].example)
-		return nil, &fault{reason, "write fields in double quotes, between braces", example}
+		return nil, &valueError{reason, "write fields in double quotes, between braces", example}
 	}
-	var strangers []string
+	var ignored []string
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		fd, ok := known[name]
 		if !ok {
-			strangers = append(strangers, Show(name))
+			ignored = append(ignored, text.Show(name))
 			delete(fields, name)
 		} else if !fd.set(fields[name]) {
-			reason := fmt.Sprintf("%s is %s, but takes %s", name, Show(string(fields[name])), fd.takes)
+			reason := fmt.Sprintf("%s is %s, but takes %s", name, text.Show(string(fields[name])), fd.takes)
 			fields[name] = json.RawMessage(fd.example)
-			return nil, &fault{reason, "write " + fd.takes, compact(fields, name)}
+			return nil, &valueError{reason, "write " + fd.takes, compact(fields, name)}
 		}
 	}
-	if len(strangers) == 0 {
+	if len(ignored) == 0 {
 		return nil, nil
 	}
 	more := ""
-	if n := len(strangers) - 5; n > 0 {
-		strangers, more = strangers[:5], fmt.Sprintf(" and %d more", n)
+	if n := len(ignored) - 5; n > 0 {
+		ignored, more = ignored[:5], fmt.Sprintf(" and %d more", n)
 	}
-	return &fault{
-		reason:  fmt.Sprintf("nobody knows the field %s%s; the other fields are in force", strings.Join(strangers, ", "), more),
+	return &valueError{
+		reason:  fmt.Sprintf("unknown field %s%s is ignored; the other fields apply", strings.Join(ignored, ", "), more),
 		advice:  "use only " + strings.Join(slices.Sorted(maps.Keys(known)), ", "),
 		instead: compact(fields, ""),
 	}, nil

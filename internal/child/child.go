@@ -10,13 +10,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"syscall"
 	"time"
+
+	"flotilla/internal/durable"
 )
 
-// ErrLeave as the cause of Run's context makes Run return with the child still
-// running, for a later Run to adopt.
+// ErrLeave as the cause of the end of Run's context makes Run return with the
+// child still running, for a later Run to adopt.
 var ErrLeave = errors.New("leave the child running")
 
 // ErrGiveUp is wrapped by Run's error when Config.GiveUp called an exit final.
@@ -45,18 +46,15 @@ type Config struct {
 	// PidFile.lock keeps a second supervisor out.
 	PidFile string
 
-	StopSignal  syscall.Signal // asks the child to end; default SIGTERM
-	StopTimeout time.Duration  // then its process group gets SIGKILL; default 10 s
+	// StopTimeout is how long after SIGTERM the process group gets SIGKILL;
+	// default 10 s.
+	StopTimeout time.Duration
 
 	Logger *slog.Logger // nil: silent
 
-	// OnStart is called with the pid after each start or adoption, from Run's
-	// goroutine: a slow OnStart delays noticing that the child ended.
-	OnStart func(pid int)
-
 	// GiveUp says whether an exit code means that starting again is useless.
-	// It is not asked about signals, nor about children of an earlier
-	// supervisor, whose exit code nobody tells. nil: never.
+	// It is not asked about a child that a signal ended, nor about one of an
+	// earlier supervisor, whose exit code is unknown. nil: never.
 	GiveUp func(exit int) bool
 }
 
@@ -73,9 +71,6 @@ type Config struct {
 func Run(ctx context.Context, cfg Config) error {
 	if cfg.Name == "" || len(cfg.Argv) == 0 || cfg.PidFile == "" {
 		return fmt.Errorf("run child %q: name, argv and pid file are required", cfg.Name)
-	}
-	if cfg.StopSignal == 0 {
-		cfg.StopSignal = syscall.SIGTERM
 	}
 	if cfg.StopTimeout == 0 {
 		cfg.StopTimeout = 10 * time.Second
@@ -102,35 +97,32 @@ func run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	if p != nil {
-		cfg.Logger.Info("adopted", "pid", p.pid)
+		cfg.Logger.Info("adopted", "pid", p.Pid)
 	} else if p, err = start(cfg); err != nil {
 		return err
 	}
 	for delay := time.Duration(0); ; {
 		began := time.Now()
-		if cfg.OnStart != nil {
-			cfg.OnStart(p.pid)
-		}
 		savePid(ctx, p, cfg)
 		select {
 		case <-p.ended:
 		case <-ctx.Done():
 			if errors.Is(context.Cause(ctx), ErrLeave) {
-				cfg.Logger.Info("left running", "pid", p.pid)
+				cfg.Logger.Info("left running", "pid", p.Pid)
 				p.release()
 				return nil
 			}
 			stop(p, cfg)
-			return removePidFile(cfg.PidFile)
+			return durable.Remove(cfg.PidFile)
 		}
 		end := p.reap()
 		tail := logTail(cfg.LogFile, p.logStart)
-		if end.known && end.status.Exited() && cfg.GiveUp != nil && cfg.GiveUp(end.status.ExitStatus()) {
-			return errors.Join(fmt.Errorf("%s, %w; its log ends: %s", end, ErrGiveUp, tail), removePidFile(cfg.PidFile))
+		if end != nil && end.Exited() && cfg.GiveUp != nil && cfg.GiveUp(end.ExitCode()) {
+			return errors.Join(fmt.Errorf("%s, %w; its log ends: %s", end, ErrGiveUp, tail), durable.Remove(cfg.PidFile))
 		}
 		took := time.Since(began)
 		delay = backoff(delay, took)
-		cfg.Logger.Warn("ended", "pid", p.pid, "reason", end.String(), "took", took, "again_in", delay, "log", tail)
+		cfg.Logger.Warn("ended", "pid", p.Pid, "reason", ending(end), "took", took, "again_in", delay, "log", tail)
 		if p, err = restart(ctx, cfg, &delay); err != nil || p == nil {
 			return err
 		}
@@ -144,7 +136,7 @@ func restart(ctx context.Context, cfg Config, delay *time.Duration) (*process, e
 		select {
 		case <-time.After(*delay):
 		case <-ctx.Done():
-			return nil, removePidFile(cfg.PidFile)
+			return nil, durable.Remove(cfg.PidFile)
 		}
 		p, err := start(cfg)
 		if err == nil {
@@ -165,8 +157,8 @@ func backoff(last, took time.Duration) time.Duration {
 
 // start starts the child and writes its pid file.
 //
-// BUG(child): a supervisor killed between these two leaves a child that nobody
-// adopts.
+// BUG(child): a supervisor that is killed between the two leaves a child that no
+// later one adopts.
 func start(cfg Config) (*process, error) {
 	out, size, err := openLog(cfg.LogFile)
 	if err != nil {
@@ -178,12 +170,12 @@ func start(cfg Config) (*process, error) {
 		return nil, err
 	}
 	p.logStart = size
-	// On a full disk the child is worth more than its pid file.
+	// On a full disk the child matters more than its pid file.
 	if err := writePidFile(cfg.PidFile, p); err != nil {
 		p.unsaved = true
-		cfg.Logger.Error("until this is mended nobody could adopt the child", "pid", p.pid, "err", err)
+		cfg.Logger.Error("the pid file cannot be written: until it can, a later supervisor would not adopt the child", "pid", p.Pid, "err", err)
 	}
-	cfg.Logger.Info("started", "pid", p.pid)
+	cfg.Logger.Info("started", "pid", p.Pid)
 	return p, nil
 }
 
@@ -202,25 +194,19 @@ func savePid(ctx context.Context, p *process, cfg Config) {
 	}
 }
 
-// stop ends the child, first politely.
+// stop ends the child: SIGTERM, then SIGKILL.
 func stop(p *process, cfg Config) {
 	began := time.Now()
-	how := cfg.StopSignal
-	p.signal(how)
+	how := syscall.SIGTERM
+	_ = p.Signal(how) // it may have ended
 	select {
 	case <-p.ended:
 	case <-time.After(cfg.StopTimeout):
 		how = syscall.SIGKILL
-		p.kill()
+		_ = p.Kill() // as above
+		p.killGroup()
 		<-p.ended
 	}
 	end := p.reap()
-	cfg.Logger.Info("stopped", "pid", p.pid, "reason", end.String(), "signal", how.String(), "took", time.Since(began))
-}
-
-func removePidFile(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove pid file: %w", err)
-	}
-	return nil
+	cfg.Logger.Info("stopped", "pid", p.Pid, "reason", ending(end), "signal", how.String(), "took", time.Since(began))
 }

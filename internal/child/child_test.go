@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -43,13 +44,21 @@ type running struct {
 }
 
 type logBuffer struct {
+	pids chan<- int // gets those of the lines that say started or adopted
+
 	mu  sync.Mutex // guards buf
 	buf bytes.Buffer
 }
 
+var begun = regexp.MustCompile(`msg=(?:started|adopted) .*pid=(\d+)`)
+
 func (b *logBuffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if found := begun.FindSubmatch(p); found != nil {
+		pid, _ := strconv.Atoi(string(found[1]))
+		b.pids <- pid
+	}
 	return b.buf.Write(p)
 }
 
@@ -63,13 +72,13 @@ func (b *logBuffer) String() string {
 func supervise(t *testing.T, dir, script string, change ...func(*Config)) *running {
 	t.Helper()
 	ctx, cancel := context.WithCancelCause(context.Background())
-	r := &running{t: t, dir: dir, pids: make(chan int, 100), cancel: cancel, result: make(chan error, 1), log: &logBuffer{}}
+	pids := make(chan int, 100)
+	r := &running{t: t, dir: dir, pids: pids, cancel: cancel, result: make(chan error, 1), log: &logBuffer{pids: pids}}
 	cfg := Config{
 		Name: "script", Argv: []string{"/bin/sh", "-c", script},
 		Env: append(os.Environ(), "DIR="+dir), Dir: dir,
 		LogFile: filepath.Join(dir, "log"), PidFile: filepath.Join(dir, "pid"),
-		Logger:  slog.New(slog.NewTextHandler(r.log, nil)),
-		OnStart: func(pid int) { r.pids <- pid },
+		Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	}
 	for _, f := range change {
 		f(&cfg)
@@ -294,7 +303,7 @@ func TestStrangerIsNotAdopted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	boot, err := bootID()
+	boot, err := BootID()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -325,9 +334,8 @@ func TestStrangerIsNotAdopted(t *testing.T) {
 	}
 }
 
-func TestStopSignalAndKill(t *testing.T) {
-	polite := supervise(t, t.TempDir(), `trap 'echo bye; exit 0' USR1; touch ready; while :; do sleep 0.05; done`,
-		func(c *Config) { c.StopSignal = syscall.SIGUSR1 })
+func TestStopAndKill(t *testing.T) {
+	polite := supervise(t, t.TempDir(), `trap 'echo bye; exit 0' TERM; touch ready; while :; do sleep 0.05; done`)
 	polite.pid()
 	eventually(t, "ready", func() bool { return exists(polite.dir, "ready") })
 	if err := polite.stop(nil); err != nil {

@@ -9,10 +9,12 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"flotilla/internal/durable"
 )
 
 // A pid file has three lines: pid, start time of the process in clock ticks
-// since boot, boot ID of the kernel. Together they name one process for ever.
+// since boot, and BootID. No two processes ever have the same three.
 
 // readPidFile returns pid 0 when there is no file, when it was written before
 // the last boot, or when it does not make sense.
@@ -24,7 +26,7 @@ func readPidFile(path string) (pid int, started uint64, err error) {
 	if err != nil {
 		return 0, 0, fmt.Errorf("read pid file: %w", err)
 	}
-	boot, err := bootID()
+	boot, err := BootID()
 	if err != nil {
 		return 0, 0, err
 	}
@@ -40,32 +42,16 @@ func readPidFile(path string) (pid int, started uint64, err error) {
 	return pid, started, nil
 }
 
-// writePidFile replaces the pid file as a whole, so that a reader never sees half of it.
 func writePidFile(path string, p *process) error {
-	boot, err := bootID()
+	boot, err := BootID()
 	if err != nil {
 		return err
 	}
-	next := path + ".new"
-	if err := os.WriteFile(next, fmt.Appendf(nil, "%d\n%d\n%s\n", p.pid, p.started, boot), 0o644); err != nil {
-		return fmt.Errorf("write pid file: %w", err)
-	}
-	if err := os.Rename(next, path); err != nil {
-		return fmt.Errorf("write pid file: %w", err)
-	}
-	return nil
+	return durable.WriteFile(path, fmt.Appendf(nil, "%d\n%d\n%s\n", p.Pid, p.started, boot), 0o644)
 }
 
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("read boot ID: %w", err)
-	}
-	return strings.TrimSpace(string(b)), nil
-}
-
-// lockFile takes the lock, which holds until the file is closed, also by our
-// death, and writes our pid into it for the one it will refuse.
+// lockFile takes the lock, which the kernel holds until the file is closed or this
+// process ends, and writes our pid into it, which a refused supervisor reports.
 func lockFile(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {

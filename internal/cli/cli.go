@@ -1,8 +1,8 @@
 // Package cli is the command line of flotilla and of fleetctl: what people type and
 // what they read. It knows a node's API, ssh, and the clusters of this machine, and
-// is what formats for people. It must not know the daemons, nor import anything
-// that takes long to initialise: its commands run before the rest of the program is
-// there (early.go).
+// is what formats for people, also for flotillad. It must not know the daemons, nor
+// import anything that takes long to initialise: most commands take less time than
+// etcd, gRPC and Prometheus take to start.
 package cli
 
 import (
@@ -20,7 +20,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"flotilla/internal/client"
-	"flotilla/internal/nspawn"
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/remote"
 )
 
@@ -35,31 +35,20 @@ const (
 	ExitNotConverged = 3
 )
 
-// Daemons is what a program that runs nodes adds to this package's commands. All
-// fields are required.
-type Daemons struct {
-	Commands func() []*cobra.Command // new ones for each call
-	// HasSetting reports whether nodes have a setting of that name.
-	HasSetting func(name string) bool
-	// NodeFiles returns what makes a Debian machine a node: the program, which is read
-	// from path, its units, and a configuration of these names and values, of which
-	// the last one of a name counts.
-	NodeFiles func(path string, settings [][2]string) ([]nspawn.File, error)
-}
-
 // Run executes one command line, whose first word is the name of the program, and
-// returns the exit code. A program of the name fleetctl takes fleetctl's. d may be
-// nil: commands of or about nodes are missing then.
-func Run(line []string, stdout, stderr io.Writer, d *Daemons) int {
+// returns the exit code. A program of the name fleetctl takes fleetctl's.
+func Run(line []string, stdout, stderr io.Writer) int {
 	if filepath.Base(line[0]) == "fleetctl" {
 		return runFleetctl(line[1:], stdout, stderr)
 	}
-	return run(newRoot(d), line[1:], stdout, stderr)
+	return Execute(newRoot(), line[1:], stdout, stderr)
 }
 
-func run(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
+// Execute executes a command line of a program and returns the exit code. Errors are
+// printed as those of the program that root is named after.
+func Execute(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
 	if _, err := execute(root, args, stdout, stderr); err != nil {
-		return report(stderr, err)
+		return report(stderr, root.Name(), err)
 	}
 	return ExitDone
 }
@@ -82,19 +71,15 @@ type cli struct {
 	output  string         // text or json
 	shared  *pflag.FlagSet // see clientFlags
 
-	daemons *Daemons // nil: there are none
-	fleet   bool     // it speaks as fleetctl does
+	fleet   bool // it speaks as fleetctl does
 	reach   fleetReach
 	connect func() *client.Client // nil: to socket
 }
 
-func newRoot(d *Daemons) *cobra.Command {
-	c := &cli{daemons: d}
+// Root returns the command that a whole program is, without any subcommand yet.
+func Root(name, short, long string) *cobra.Command {
 	root := &cobra.Command{
-		Use:   "flotilla",
-		Short: "Route, resolve and run services on a cluster of Linux machines",
-		Long: `Flotilla routes services by host, path or port on every node of a cluster and
-answers their names in DNS. What is wanted is written to etcd; each node follows.`,
+		Use: name, Short: short, Long: long,
 		SilenceErrors: true, SilenceUsage: true,
 		Version: Version,
 		Args:    noCommand,
@@ -103,21 +88,34 @@ answers their names in DNS. What is wanted is written to etcd; each node follows
 
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.SetVersionTemplate("flotilla {{.Version}}\n")
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return Usage(err.Error(), cmd.CommandPath()+" --help")
 	})
+	root.AddCommand(&cobra.Command{
+		Use: "version", Short: "Print the version of this program", Args: Between(0, 0, ""),
+		Run: func(cmd *cobra.Command, _ []string) { Say(cmd.OutOrStdout(), "%s %s\n", name, Version) },
+	})
+	return root
+}
+
+func newRoot() *cobra.Command {
+	c := &cli{}
+	root := Root("flotilla", "Route, resolve and run services on a cluster of Linux machines",
+		`Flotilla runs services on a cluster of Linux machines and routes requests to them:
+it places systemd units, moves them when a machine dies, routes by host, path or
+port on every node, and answers names in DNS. What is wanted is written to etcd;
+each node follows.
+
+These commands ask a node of the cluster, on this machine or through ssh
+(--tunnel). Another program runs a node: flotillad node.`)
 	section(root, "Services", c.servicesCommand())
 	section(root, "Units", c.submitCommand(), c.loadCommand(), c.startCommand(), c.stopCommand(), c.restartCommand(), c.unloadCommand(), c.destroyCommand(),
 		c.catCommand(), c.verifyCommand(), c.listUnitsCommand(), c.listUnitFilesCommand(), c.explainCommand(), c.moveCommand(), c.journalCommand())
 	section(root, "Machines", c.machinesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand(), c.sshCommand())
-	section(root, "Cluster", c.nodesCommand())
-	section(root, "Node", c.statusCommand())
-	if d != nil {
-		section(root, "Cluster", c.clusterCommand())
-		section(root, "Node", d.Commands()...)
-	}
-	root.AddCommand(versionCommand(), fdForwardCommand())
+	section(root, "Cluster", c.nodesCommand(), c.clusterCommand())
+	section(root, "Node", c.statusCommand(), doctorCommand())
+	root.AddCommand(fdForwardCommand(), daemonCommand("node"), daemonCommand("store"))
 	return root
 }
 
@@ -137,7 +135,7 @@ func section(root *cobra.Command, title string, commands ...*cobra.Command) {
 // what there is to build.
 func (c *cli) clientFlags(cmd *cobra.Command) *cobra.Command {
 	if c.shared == nil {
-		socket := client.DefaultSocket()
+		socket := nodeconfig.DefaultSocket()
 		if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
 			socket = s
 		}
@@ -206,8 +204,9 @@ func Exit(err error, code int) error { return exitCode{err, code} }
 // ErrReported is a failure whose text is on the screen already.
 var ErrReported = errors.New("reported")
 
-// report prints err and returns the exit code that it means.
-func report(w io.Writer, err error) int {
+// report prints err as an error of that program and returns the exit code that it
+// means.
+func report(w io.Writer, program string, err error) int {
 	code := ExitFailed
 	var hints []string
 	var bad *usageError
@@ -235,10 +234,10 @@ func report(w io.Writer, err error) int {
 		hints = []string{known.Hint()}
 	}
 	p := NewPainter(w)
-	Say(w, "flotilla: %s %s\n", p.Red("error:"), strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\nflotilla: error: "))
+	Say(w, "%s: %s %s\n", program, p.Red("error:"), strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "\n"+program+": error: "))
 	for i, h := range hints {
 		if h != "" && i < 2 {
-			Say(w, "flotilla: hint: %s\n", h)
+			Say(w, "%s: hint: %s\n", program, h)
 		}
 	}
 	return code
@@ -286,12 +285,5 @@ func Between(least, most int, what string) cobra.PositionalArgs {
 			return Usage(fmt.Sprintf("%s takes %s, and %q is too much", cmd.CommandPath(), what, args[most]), cmd.UseLine())
 		}
 		return nil
-	}
-}
-
-func versionCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "version", Short: "Print the version of this program", Args: Between(0, 0, ""),
-		Run: func(cmd *cobra.Command, _ []string) { Say(cmd.OutOrStdout(), "flotilla %s\n", Version) },
 	}
 }

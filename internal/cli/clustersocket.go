@@ -1,3 +1,5 @@
+//go:build linux
+
 package cli
 
 import (
@@ -11,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"flotilla/internal/nspawn"
+	"flotilla/internal/remote"
 )
 
 // clusterSocket chooses the socket that a command asks, if neither --socket nor
@@ -81,4 +84,42 @@ func liveSocket(host *nspawn.Host, cluster string) (string, error) {
 		}
 	}
 	return "", nil
+}
+
+// localLogin adds what the machines of a cluster on this host need: the cluster's
+// key and what it knows of host keys. node is the name of the machine's node.
+func (c *cli) localLogin(o *remote.Options, node string) {
+	cluster := c.localCluster()
+	if cluster == nil || node == "" {
+		return
+	}
+	identity, known := cluster.Login()
+	o.Identities = append(o.Identities, identity)
+	o.HostKeys = remote.HostKeys{Files: []string{known}, Alias: node, Insecure: o.HostKeys.Insecure}
+	if o.User == "" {
+		o.User = "root"
+	}
+}
+
+// localCluster returns the cluster on this host whose socket is asked; nil if it
+// is another node's.
+func (c *cli) localCluster() *nspawn.Cluster {
+	socket := c.socket
+	if path, ok := strings.CutPrefix(c.reach.endpoint, "unix://"); ok {
+		socket = path
+	}
+	if c.reach.tunnel != "" {
+		return nil
+	}
+	host := nspawn.Default(slog.New(slog.DiscardHandler))
+	rest, below := strings.CutPrefix(socket, host.Run+"/")
+	name, _, deeper := strings.Cut(rest, "/")
+	if !below || !deeper {
+		return nil
+	}
+	cluster, err := host.Cluster(name)
+	if err != nil || !cluster.Exists() {
+		return nil
+	}
+	return cluster
 }

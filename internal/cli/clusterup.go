@@ -1,3 +1,5 @@
+//go:build linux
+
 package cli
 
 import (
@@ -11,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/nspawn"
 )
 
@@ -27,14 +30,14 @@ type growth struct {
 
 func (g *growth) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&g.release, "release", nspawn.DefaultRelease, "release of Debian of new nodes: "+strings.Join(nspawn.Releases(), " or "))
-	cmd.Flags().StringVar(&g.binary, "binary", "", "flotilla `PROGRAM` of new nodes (default: this one)")
+	cmd.Flags().StringVar(&g.binary, "binary", "", "`FLOTILLAD` of new nodes (default: the one beside this program, or in PATH)")
 	cmd.Flags().StringArrayVar(&g.metadata, "metadata", nil, "`KEY=VALUE` that new nodes have as metadata (repeatable)")
-	cmd.Flags().StringArrayVar(&g.settings, "set", nil, "`SETTING=VALUE` of flotilla node for new nodes, as machine-ttl=5 (repeatable)")
+	cmd.Flags().StringArrayVar(&g.settings, "set", nil, "`SETTING=VALUE` of flotillad node for new nodes, as machine-ttl=5 (repeatable)")
 	cmd.Flags().DurationVar(&g.limit, "timeout", 2*time.Minute, "how long the nodes may take to find each other")
 }
 
 // check finishes and checks what was given.
-func (g *growth) check(cmd *cobra.Command, d *Daemons) error {
+func (g *growth) check(cmd *cobra.Command) error {
 	bad := func(format string, args ...any) error {
 		return Usage(fmt.Sprintf(format, args...), cmd.CommandPath()+" --help")
 	}
@@ -51,16 +54,16 @@ func (g *growth) check(cmd *cobra.Command, d *Daemons) error {
 	}
 	for _, given := range g.settings {
 		key, value, _ := strings.Cut(given, "=")
-		if value == "" || !d.HasSetting(key) {
-			return bad("--set %q is not SETTING=VALUE of flotilla node", given)
+		if value == "" || !nodeconfig.IsSetting(key) {
+			return bad("--set %q is not SETTING=VALUE of flotillad node", given)
 		}
 	}
 	if g.binary == "" {
-		self, err := os.Executable()
+		path, err := daemon()
 		if err != nil {
-			return fmt.Errorf("find this program's own path: %w", err)
+			return err
 		}
-		g.binary = self
+		g.binary = path
 	}
 	if info, err := os.Stat(g.binary); err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
 		return bad("--binary %s is not a program", g.binary)
@@ -89,7 +92,7 @@ system is made from Debian's packages, which takes some minutes; it is cached.`,
 			if !cmd.Flags().Changed("keep") {
 				g.keep = told.keep
 			}
-			if err := g.check(cmd, c.daemons); err != nil {
+			if err := g.check(cmd); err != nil {
 				return err
 			}
 			return c.grow(cmd, l, g, func(there []string) int { return g.nodes - len(there) })
@@ -108,7 +111,7 @@ func (c *cli) clusterAdd() *cobra.Command {
 		Example: `  flotilla cluster add
   flotilla cluster add --metadata disk=ssd --release bookworm`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := g.check(cmd, c.daemons); err != nil {
+			if err := g.check(cmd); err != nil {
 				return err
 			}
 			l, err := openLocal(cmd, argument(args, 0), true)
@@ -203,9 +206,17 @@ func otherNames(names []string, name string) []string {
 // start makes and boots one node.
 func (c *cli) start(ctx context.Context, l local, g growth, name string, join []string, tell *progress) error {
 	began := time.Now()
-	files, err := c.daemons.NodeFiles(g.binary, nodeSettings(l.host, g, name, join))
+	self, err := os.Executable()
 	if err != nil {
-		return err
+		return fmt.Errorf("find this program's own path: %w", err)
+	}
+	texts, err := nodeconfig.Files(nodeconfig.Programs{Flotilla: self, Flotillad: g.binary}, nodeSettings(l.host, g, name, join))
+	if err != nil {
+		return Usage(err.Error(), "flotillad node --help")
+	}
+	var files []nspawn.File
+	for _, f := range texts {
+		files = append(files, nspawn.File(f))
 	}
 	labels := map[string]string{}
 	for _, m := range g.metadata {
@@ -228,7 +239,7 @@ func (c *cli) start(ctx context.Context, l local, g growth, name string, join []
 }
 
 // nodeSettings are those of a node of the cluster.
-func nodeSettings(h *nspawn.Host, g growth, name string, join []string) [][2]string {
+func nodeSettings(h *nspawn.Host, g growth, name string, join []string) []nodeconfig.Setting {
 	upstream := "none"
 	var servers []string
 	for _, a := range h.Nameservers() {
@@ -237,13 +248,13 @@ func nodeSettings(h *nspawn.Host, g growth, name string, join []string) [][2]str
 	if len(servers) > 0 {
 		upstream = strings.Join(servers, ",")
 	}
-	settings := [][2]string{
-		{"name", name}, {"insecure", "true"}, // the network is this cluster's own: nobody else is on it
-		{"join", strings.Join(join, ",")}, {"dns-upstream", upstream}, {"metadata", strings.Join(g.metadata, ",")},
+	settings := []nodeconfig.Setting{
+		{Name: "name", Value: name}, {Name: "insecure", Value: "true"}, // the network is this cluster's own: nobody else is on it
+		{Name: "join", Value: strings.Join(join, ",")}, {Name: "dns-upstream", Value: upstream}, {Name: "metadata", Value: strings.Join(g.metadata, ",")},
 	}
 	for _, given := range g.settings {
 		key, value, _ := strings.Cut(given, "=")
-		settings = append(settings, [2]string{key, value})
+		settings = append(settings, nodeconfig.Setting{Name: key, Value: value})
 	}
 	return settings
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 	"golang.org/x/term"
 
 	"flotilla/internal/client"
-	"flotilla/internal/nspawn"
 	"flotilla/internal/remote"
 )
 
@@ -222,42 +220,4 @@ func askPassphrase(file string) (string, error) {
 	raw, err := term.ReadPassword(int(os.Stdin.Fd()))
 	Say(os.Stderr, "\n")
 	return string(raw), err
-}
-
-// localLogin adds what the machines of a cluster on this host need: the cluster's
-// key and what it knows of host keys. node is the name of the machine's node.
-func (c *cli) localLogin(o *remote.Options, node string) {
-	cluster := c.localCluster()
-	if cluster == nil || node == "" {
-		return
-	}
-	identity, known := cluster.Login()
-	o.Identities = append(o.Identities, identity)
-	o.HostKeys = remote.HostKeys{Files: []string{known}, Alias: node, Insecure: o.HostKeys.Insecure}
-	if o.User == "" {
-		o.User = "root"
-	}
-}
-
-// localCluster returns the cluster on this host whose socket is asked; nil if it
-// is another node's.
-func (c *cli) localCluster() *nspawn.Cluster {
-	socket := c.socket
-	if path, ok := strings.CutPrefix(c.reach.endpoint, "unix://"); ok {
-		socket = path
-	}
-	if c.reach.tunnel != "" {
-		return nil
-	}
-	host := nspawn.Default(slog.New(slog.DiscardHandler))
-	rest, below := strings.CutPrefix(socket, host.Run+"/")
-	name, _, deeper := strings.Cut(rest, "/")
-	if !below || !deeper {
-		return nil
-	}
-	cluster, err := host.Cluster(name)
-	if err != nil || !cluster.Exists() {
-		return nil
-	}
-	return cluster
 }

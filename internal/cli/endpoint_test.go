@@ -2,6 +2,8 @@ package cli
 
 import (
 	"testing"
+
+	"flotilla/internal/nodeconfig"
 )
 
 func TestSeconds(t *testing.T) {
@@ -16,5 +18,17 @@ func TestSeconds(t *testing.T) {
 		if err := s.Set(in); err == nil {
 			t.Errorf("%q is taken as %v", in, s)
 		}
+	}
+}
+
+// A shell with the variables of the command line can also run a node.
+func TestVariables(t *testing.T) {
+	environ := []string{"FLOTILLA_CLUSTER=x"}
+	for _, name := range reachNames {
+		environ = append(environ, nodeconfig.EnvironmentName(name)+"=x")
+	}
+	none := func(string) bool { return false }
+	if _, err := nodeconfig.Load(new(nodeconfig.Config), none, environ); err != nil {
+		t.Error(err)
 	}
 }

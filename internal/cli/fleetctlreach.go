@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"flotilla/internal/client"
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/remote"
 )
 
@@ -73,7 +74,7 @@ func presentSocket(path string) string {
 	if s := os.Getenv("FLOTILLA_SOCKET"); s != "" {
 		return s
 	}
-	return client.DefaultSocket()
+	return nodeconfig.DefaultSocket()
 }
 
 // unserved reports whether a socket is not there, or is and nobody listens.

@@ -16,8 +16,6 @@ import (
 	"net"
 	"net/http"
 	neturl "net/url"
-	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -39,18 +37,6 @@ func Dial(socket string) *Client {
 	return Over(socket, func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", SocketAddress(socket))
 	})
-}
-
-// DefaultSocket returns the path of the API socket of a node that was told
-// nothing: /run/flotilla for root, the user's run-time directory otherwise.
-func DefaultSocket() string {
-	if os.Geteuid() == 0 {
-		return "/run/flotilla/node.sock"
-	}
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-		return filepath.Join(dir, "flotilla", "node.sock")
-	}
-	return filepath.Join(os.TempDir(), fmt.Sprintf("flotilla-%d", os.Getuid()), "node.sock")
 }
 
 // SocketAddress returns what the net package takes for the socket of that name. An
@@ -212,11 +198,11 @@ func (c *Client) unreached(err error) *wire.Error {
 	case errors.Is(err, fs.ErrPermission):
 		return wire.Errorf(CodeNoNode, "run it with sudo, or as a member of the socket's group", "this user may not open the node's socket %s", c.socket)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return wire.Errorf(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "no node answers on %s", c.socket)
+		return wire.Errorf(CodeNoNode, "is the node running? start it with: flotillad node, or give its --socket PATH", "no node answers on %s", c.socket)
 	case errors.Is(err, context.DeadlineExceeded):
 		return wire.Errorf(CodeNoNode, "look at the node's log", "the node on %s does not answer in time", c.socket)
 	}
-	return wire.Errorf(CodeNoNode, "is the node running? start it with: flotilla node, or give its --socket PATH", "the node on %s does not answer: %v", c.socket, err)
+	return wire.Errorf(CodeNoNode, "is the node running? start it with: flotillad node, or give its --socket PATH", "the node on %s does not answer: %v", c.socket, err)
 }
 
 // Ops fetches one of the pages on the operations socket, such as "/readyz".

@@ -19,6 +19,7 @@ import (
 	"flotilla/internal/engine"
 	"flotilla/internal/fleetapi"
 	"flotilla/internal/logs"
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/registry"
 	"flotilla/internal/store"
 	"flotilla/internal/systemd"
@@ -27,10 +28,6 @@ import (
 // ErrReload as the cause of a context that ends makes Run leave everything as it
 // is, whatever OnStop says: the node is started again at once.
 var ErrReload = errors.New("the node is started again")
-
-// leaveLimit bounds how long a node that drains when it is stopped waits for its
-// units to stop. systemd's default limit for a stop is 90 s.
-const leaveLimit = 80 * time.Second
 
 // fleet is the part of a node that places and runs units.
 type fleet struct {
@@ -184,7 +181,7 @@ func (n *node) runAgent(ctx context.Context) error {
 		return err
 	}
 	if ctx.Err() != nil && n.cfg.OnStop == "drain" && !errors.Is(context.Cause(ctx), ErrReload) {
-		leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveLimit)
+		leave, cancel := context.WithTimeout(context.WithoutCancel(ctx), nodeconfig.LeaveLimit)
 		if left := a.Leave(leave); left != nil {
 			n.log.Warn("units are left on this machine", "err", left)
 		} else {

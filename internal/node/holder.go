@@ -106,7 +106,7 @@ func kernelAddr(s string) (netip.AddrPort, error) {
 
 // explainBind adds to a listen error which program holds the port; any other
 // error comes back as it is.
-func (c *Config) explainBind(err error) error {
+func (c *settings) explainBind(err error) error {
 	if err == nil || !errors.Is(err, syscall.EADDRINUSE) {
 		return err
 	}
@@ -119,7 +119,7 @@ func (c *Config) explainBind(err error) error {
 
 // TakenPorts returns a sentence for each of the node's ports on which another
 // program listens already.
-func (c *Config) TakenPorts() []string {
+func (c *settings) TakenPorts() []string {
 	addr, err := netip.ParseAddr(c.Address)
 	if err != nil {
 		return nil

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"flotilla/internal/nodeconfig"
 )
 
 func TestPortHolder(t *testing.T) {
@@ -39,7 +41,8 @@ func TestPortHolder(t *testing.T) {
 }
 
 func TestExplainBind(t *testing.T) {
-	c := valid()
+	c := settings{nodeconfig.Default()}
+	c.Address, c.HTTPPort, c.HTTPSPort, c.DNSPort = "127.0.0.1", 8080, 8443, 8053
 	if err := c.explainBind(syscall.EADDRINUSE); err == nil || strings.Contains(err.Error(), "held by") {
 		t.Errorf("error %v: nobody holds those ports", err)
 	}

@@ -94,7 +94,7 @@ func (n *node) openLeaderless() *leaderless {
 	_, local := n.cfg.endpoints()
 	l := &leaderless{
 		address: netip.MustParseAddr(n.cfg.Address), endpoint: local, file: membersFile, log: n.log,
-		name:    func() (string, error) { return store.MemberName(n.cfg.StoreConfig().DataDir) },
+		name:    func() (string, error) { return store.MemberName(StoreConfig(&n.cfg.Config).DataDir) },
 		opinion: n.client.Opinion, members: n.client.Members, registered: n.fleet.logs.Registered,
 		machines: func() []registry.Machine {
 			if a := n.fleet.agent.Load(); a != nil {

@@ -24,6 +24,7 @@ import (
 	"flotilla/internal/api"
 	"flotilla/internal/catalog"
 	"flotilla/internal/dns"
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/router"
 	"flotilla/internal/store"
 )
@@ -36,7 +37,7 @@ const schemaVersion = 1
 
 // node is what the parts of Run share.
 type node struct {
-	cfg     Config
+	cfg     settings
 	version string
 	log     *slog.Logger
 	started time.Time
@@ -65,7 +66,8 @@ type node struct {
 //
 // Errors: another node uses the data directory, a port is taken (with the
 // program that has it), or a part of the node failed.
-func Run(ctx context.Context, cfg Config, version string, log *slog.Logger, sockets ...*os.File) (err error) {
+func Run(ctx context.Context, given nodeconfig.Config, version string, log *slog.Logger, sockets ...*os.File) (err error) {
+	cfg := settings{given}
 	if err := os.MkdirAll(cfg.Data, 0o755); err != nil {
 		return fmt.Errorf("create the data directory: %w", err)
 	}
@@ -188,7 +190,7 @@ func (n *node) openComponents() (err error) {
 
 // endpoints returns where the store is reached and which of them is this node's
 // own, "" if it has none.
-func (c *Config) endpoints() (all []string, local string) {
+func (c *settings) endpoints() (all []string, local string) {
 	if !c.RunsStore() {
 		return c.EtcdEndpoints, ""
 	}
@@ -196,7 +198,7 @@ func (c *Config) endpoints() (all []string, local string) {
 	local = "http://" + netip.AddrPortFrom(addr, uint16(c.StoreClientPort)).String()
 	all = append(all, local)
 	for _, j := range c.Join {
-		if e, err := joinEndpoint(j, c.StoreClientPort); err == nil && e != local {
+		if e, err := nodeconfig.JoinEndpoint(j, c.StoreClientPort); err == nil && e != local {
 			all = append(all, e)
 		}
 	}
@@ -204,7 +206,7 @@ func (c *Config) endpoints() (all []string, local string) {
 }
 
 // tls returns how to speak to an external etcd, nil for plain connections.
-func (c *Config) tls() (*tls.Config, error) {
+func (c *settings) tls() (*tls.Config, error) {
 	if c.EtcdCAFile == "" && c.EtcdCertFile == "" {
 		if len(c.EtcdEndpoints) > 0 && strings.HasPrefix(c.EtcdEndpoints[0], "https://") {
 			return &tls.Config{MinVersion: tls.VersionTLS12}, nil // the system's authorities
@@ -235,7 +237,7 @@ func (c *Config) tls() (*tls.Config, error) {
 	return t, nil
 }
 
-func (c *Config) router(addr netip.Addr, ops string) router.Config {
+func (c *settings) router(addr netip.Addr, ops string) router.Config {
 	r := router.Config{
 		Node: c.Name, Address: addr, HTTPPort: c.HTTPPort, HTTPSPort: c.HTTPSPort, BalancerPort: c.BalancerPort,
 		RedirectPort: c.RedirectPort, SNIPort: c.TLSPassthroughPort, Dir: filepath.Join(c.Data, "router"),
@@ -243,7 +245,7 @@ func (c *Config) router(addr netip.Addr, ops string) router.Config {
 		AccessLog: c.AccessLog, HostPorts: c.HostPorts, MaxConnections: c.MaxConnections,
 	}
 	for _, v := range c.TrustedProxy {
-		if p, err := parsePrefix(v); err == nil { // Validate has parsed it
+		if p, err := nodeconfig.ParsePrefix(v); err == nil { // Validate has parsed it
 			r.TrustedProxies = append(r.TrustedProxies, p)
 		}
 	}
@@ -253,13 +255,13 @@ func (c *Config) router(addr netip.Addr, ops string) router.Config {
 // resolvConf is where the machine's own resolvers are listed.
 const resolvConf = "/etc/resolv.conf"
 
-func (c *Config) dns(addr netip.Addr) (dns.Config, error) {
+func (c *settings) dns(addr netip.Addr) (dns.Config, error) {
 	d := dns.Config{
 		Listen: []netip.AddrPort{netip.AddrPortFrom(addr, uint16(c.DNSPort))}, Domain: c.DNSDomain,
 		Address: []netip.Addr{addr}, Node: c.Name,
 	}
 	for _, v := range c.DNSListen {
-		a, err := addrPort(v, c.DNSPort)
+		a, err := nodeconfig.AddrPort(v, c.DNSPort)
 		if err != nil {
 			return d, fmt.Errorf("--dns-listen %s: %w", v, err)
 		}
@@ -275,7 +277,7 @@ func (c *Config) dns(addr netip.Addr) (dns.Config, error) {
 		d.Upstreams = found
 	default:
 		for _, v := range c.DNSUpstream {
-			a, err := addrPort(v, 53)
+			a, err := nodeconfig.AddrPort(v, 53)
 			if err != nil {
 				return d, fmt.Errorf("--dns-upstream %s: %w", v, err)
 			}

@@ -25,6 +25,7 @@ import (
 
 	"flotilla/internal/api"
 	"flotilla/internal/client"
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 )
@@ -35,7 +36,7 @@ const nodeConfig = "NODE_TEST_CONFIG"
 
 func TestMain(m *testing.M) {
 	if raw := os.Getenv(nodeConfig); raw != "" {
-		var cfg Config
+		var cfg nodeconfig.Config
 		err := json.Unmarshal([]byte(raw), &cfg)
 		if err == nil {
 			err = Run(context.Background(), cfg, "test", slog.New(slog.NewTextHandler(os.Stderr, nil)))
@@ -47,7 +48,7 @@ func TestMain(m *testing.M) {
 }
 
 // testConfig returns the configuration of a node on an address of its own.
-func testConfig(t *testing.T, endpoint string) Config {
+func testConfig(t *testing.T, endpoint string) nodeconfig.Config {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "node") // shorter than t.TempDir: it holds sockets
 	if err != nil {
@@ -59,7 +60,7 @@ func testConfig(t *testing.T, endpoint string) Config {
 		}
 	})
 	addr := storetest.Addr(t)
-	c := Default()
+	c := nodeconfig.Default()
 	c.Name, c.Address, c.Data, c.Socket = "n1", addr.String(), dir, filepath.Join(dir, "node.sock")
 	c.EtcdEndpoints, c.Units = []string{endpoint}, "off"
 	c.HostPorts, c.DNSUpstream, c.MaxConnections = "listeners", []string{"none"}, 500
@@ -105,7 +106,7 @@ func (l *lockedBuffer) String() string {
 }
 
 // startNode runs a node in this process until stop is called.
-func startNode(t *testing.T, cfg Config) (stop func() error) {
+func startNode(t *testing.T, cfg nodeconfig.Config) (stop func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -123,23 +124,23 @@ func startNode(t *testing.T, cfg Config) (stop func() error) {
 }
 
 // page reads a path of the operations socket.
-func page(cfg Config, path string) (string, bool) {
+func page(cfg nodeconfig.Config, path string) (string, bool) {
 	text, ok, err := client.Dial(fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)).Ops(context.Background(), path)
 	return text, ok && err == nil
 }
 
-func waitReady(t *testing.T, cfg Config) {
+func waitReady(t *testing.T, cfg nodeconfig.Config) {
 	t.Helper()
 	storetest.Wait(t, 30*time.Second, "the node to be ready", func() bool { _, ok := page(cfg, "/readyz"); return ok })
 }
 
-func waitFresh(t *testing.T, cfg Config) {
+func waitFresh(t *testing.T, cfg nodeconfig.Config) {
 	t.Helper()
 	storetest.Wait(t, 30*time.Second, "the node to be fresh", func() bool { _, ok := page(cfg, "/freshz"); return ok })
 }
 
 // get asks the node's router for http://<service>/.
-func get(cfg Config, service string) (int, string) {
+func get(cfg nodeconfig.Config, service string) (int, string) {
 	req, err := http.NewRequest(http.MethodGet, fmt.Sprintf("http://%s/", net.JoinHostPort(cfg.Address, fmt.Sprint(cfg.HTTPPort))), nil)
 	if err != nil {
 		return 0, err.Error()
@@ -158,13 +159,13 @@ func get(cfg Config, service string) (int, string) {
 	return resp.StatusCode, string(raw)
 }
 
-func waitRouted(t *testing.T, cfg Config, service, body string) {
+func waitRouted(t *testing.T, cfg nodeconfig.Config, service, body string) {
 	t.Helper()
 	storetest.Wait(t, 30*time.Second, service+" to be routed", func() bool { code, text := get(cfg, service); return code == 200 && text == body })
 }
 
 // resolve asks the node's DNS server.
-func resolve(t *testing.T, cfg Config, name string) string {
+func resolve(t *testing.T, cfg nodeconfig.Config, name string) string {
 	t.Helper()
 	m := new(mdns.Msg)
 	m.SetQuestion(mdns.Fqdn(name), mdns.TypeA)
@@ -306,7 +307,7 @@ func TestTakenPortNamesItsHolder(t *testing.T) {
 	}
 }
 
-func nodeProcess(t *testing.T, cfg Config) *exec.Cmd {
+func nodeProcess(t *testing.T, cfg nodeconfig.Config) *exec.Cmd {
 	t.Helper()
 	raw, err := json.Marshal(cfg)
 	if err != nil {

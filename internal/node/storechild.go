@@ -10,16 +10,13 @@ import (
 	"strings"
 
 	"flotilla/internal/child"
+	"flotilla/internal/nodeconfig"
 )
 
-// Exit codes of `flotilla store` that mean that starting it again is useless.
-const (
-	ExitEnoughVoters = 10 // the cluster has its voters: this node is a client only
-	ExitRemoved      = 11 // this member was removed from the cluster
-	exitUsage        = 2
-)
+// exitUsage is the exit code of `flotillad store` for settings that are wrong.
+const exitUsage = 2
 
-// runStore keeps `flotilla store` running until ctx ends. When the cluster has
+// runStore keeps `flotillad store` running until ctx ends. When the cluster has
 // no need of this member, or does not want it, the node goes on as a client.
 func (n *node) runStore(ctx context.Context) error {
 	self, err := os.Executable()
@@ -32,13 +29,13 @@ func (n *node) runStore(ctx context.Context) error {
 		LogFile: filepath.Join(n.cfg.Data, "store.log"), PidFile: filepath.Join(n.cfg.Data, "store.pid"), Logger: n.log,
 		GiveUp: func(exit int) bool {
 			code = exit
-			return exit == ExitEnoughVoters || exit == ExitRemoved || exit == exitUsage
+			return exit == nodeconfig.ExitEnoughVoters || exit == nodeconfig.ExitRemoved || exit == exitUsage
 		},
 	})
 	switch {
 	case !errors.Is(err, child.ErrGiveUp) || code == exitUsage:
 		return err
-	case code == ExitRemoved:
+	case code == nodeconfig.ExitRemoved:
 		n.troubles.set("store", "this node's member was removed from the store's cluster; to join again, stop the node and move "+filepath.Join(n.cfg.Data, "store")+" and store.member beside it away")
 		n.log.Warn("this node's member was removed from the store; going on as a client")
 	default:
@@ -48,9 +45,9 @@ func (n *node) runStore(ctx context.Context) error {
 	return nil
 }
 
-// storeArgs returns the arguments of `flotilla store` that give it the same
+// storeArgs returns the arguments of `flotillad store` that give it the same
 // settings that this node has.
-func (c *Config) storeArgs() []string {
+func (c *settings) storeArgs() []string {
 	args := []string{"store", "--name", c.Name, "--address", c.Address, "--data", c.Data,
 		"--store-client-port", strconv.Itoa(c.StoreClientPort), "--store-peer-port", strconv.Itoa(c.StorePeerPort),
 		"--log-level", c.LogLevel, "--log-format", "json"}

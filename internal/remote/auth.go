@@ -26,17 +26,17 @@ func DefaultIdentities(home string) []string {
 // keys finds the keys to log in with. It is used by one goroutine.
 type keys struct {
 	options Options
-	patient func() func() // stops the clock while a person is asked
+	patient func() func() // pauses the time limit until the returned function is called
 	agent   net.Conn      // nil while there is none
 
-	failed error    // what kept the login from being tried
+	failed error    // a named key that could not be read
 	offers []string // where keys came from
-	locked []string // key files that are encrypted and nobody was asked for
-	silent error    // the agent does not answer
+	locked []string // encrypted key files that were left out
+	silent error    // why the agent does not answer
 }
 
-// signers returns every key, the ones named first: a server lets a client try
-// only a few.
+// signers returns every key, those named by the user first: a server allows only
+// a few attempts.
 func (k *keys) signers() ([]ssh.Signer, error) {
 	var all []ssh.Signer
 	for _, file := range k.options.Identities {
@@ -49,7 +49,7 @@ func (k *keys) signers() ([]ssh.Signer, error) {
 	}
 	all = append(all, k.fromAgent()...)
 	for _, file := range k.options.Defaults {
-		if s, err := k.fromFile(file); err == nil { // nobody asked for this one
+		if s, err := k.fromFile(file); err == nil { // a default that is missing or unreadable is no error
 			all = append(all, s...)
 		}
 	}
@@ -130,13 +130,13 @@ func certificate(file string, key ssh.Signer) ssh.Signer {
 	return signer
 }
 
-// tried returns the end of a sentence.
+// tried says which keys were offered, in parentheses.
 func (k *keys) tried() string {
 	switch {
 	case len(k.offers) > 0:
 		return " (offered: " + strings.Join(k.offers, ", ") + ")"
 	case len(k.locked) > 0:
-		return " (" + strings.Join(k.locked, ", ") + " has a passphrase and nobody could be asked for it)"
+		return " (" + strings.Join(k.locked, ", ") + " has a passphrase, which cannot be asked for here)"
 	case k.silent != nil:
 		return fmt.Sprintf(" (the ssh-agent does not answer: %v)", k.silent)
 	}
@@ -155,6 +155,6 @@ func (k *keys) hint() string {
 
 func (k *keys) close() {
 	if k.agent != nil {
-		_ = k.agent.Close() // nothing is waiting in it
+		_ = k.agent.Close() // nothing was left to write
 	}
 }

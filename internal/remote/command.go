@@ -1,13 +1,10 @@
 package remote
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"strings"
 	"sync"
 
 	"golang.org/x/crypto/ssh"
@@ -34,9 +31,9 @@ type PTY struct {
 // Size is that of a terminal, in characters.
 type Size struct{ Columns, Rows int }
 
-// Run runs a command and returns its exit code, which is 128 and more if a signal
-// ended it. The end of ctx ends it too. An error means that it is not known how
-// the command ended.
+// Run runs a command and returns its exit code, which is 128 plus the number of
+// the signal if one ended it. The end of ctx ends it too. An error means that it
+// is not known how the command ended.
 func (c *Client) Run(ctx context.Context, cmd Command) (exit int, err error) {
 	what := "a shell"
 	if cmd.Line != "" {
@@ -139,40 +136,4 @@ func (c *Client) forwardAgent(session *ssh.Session) error {
 		return fmt.Errorf("forward the ssh-agent: %w", err)
 	}
 	return nil
-}
-
-// Put copies from into a file on the far side, which is replaced at once when
-// all has arrived.
-func (c *Client) Put(ctx context.Context, from io.Reader, path string, mode fs.FileMode) error {
-	part := Quote(path + ".part")
-	return c.copying(ctx, "copy to "+path, Command{
-		Line:  fmt.Sprintf("umask 077 && cat > %s && chmod %04o %s && mv -f %s %s", part, mode.Perm(), part, part, Quote(path)),
-		Stdin: from,
-	})
-}
-
-// Get copies a file of the far side into to.
-func (c *Client) Get(ctx context.Context, path string, to io.Writer) error {
-	return c.copying(ctx, "copy from "+path, Command{Line: "cat < " + Quote(path), Stdout: to})
-}
-
-func (c *Client) copying(ctx context.Context, what string, cmd Command) error {
-	var complaint bytes.Buffer
-	cmd.Stderr = &complaint
-	exit, err := c.Run(ctx, cmd)
-	if err == nil && exit != 0 {
-		err = fmt.Errorf("%s on %s: %s (exit code %d)", what, c.target, strings.TrimSpace(complaint.String()), exit)
-	}
-	return err
-}
-
-// Quote writes s so that a POSIX shell reads it as one word.
-func Quote(s string) string {
-	safe := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("@%+=:,./-_", r)
-	}
-	if s != "" && !strings.ContainsFunc(s, func(r rune) bool { return !safe(r) }) {
-		return s
-	}
-	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }

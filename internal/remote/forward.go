@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"flotilla/internal/text"
 )
 
 // DialTCP connects to host:port as the far side sees it.
@@ -48,7 +50,7 @@ func (c *Client) DialUnix(ctx context.Context, path, forwarder string) (net.Conn
 			return nil, fmt.Errorf("connect to %s on %s: %w", path, c.target, err)
 		}
 	}
-	conn, err := c.pipe(ctx, forwarder+" "+Quote(path))
+	conn, err := c.pipe(ctx, forwarder+" "+text.ShellQuote(path))
 	if err != nil {
 		if refused != nil {
 			err = fmt.Errorf("%w (sshd itself: %v)", err, refused)
@@ -86,7 +88,7 @@ func (c *Client) pipe(ctx context.Context, line string) (*pipe, error) {
 	return p, nil
 }
 
-// pipe is a net.Conn. Its deadlines do nothing but say so.
+// pipe is a net.Conn. It has no deadlines: setting one is an error.
 type pipe struct {
 	session *ssh.Session
 	line    string
@@ -140,7 +142,7 @@ type pipeAddr string
 func (pipeAddr) Network() string  { return "ssh" }
 func (a pipeAddr) String() string { return string(a) }
 
-// notEOF leaves out what a session that has ended says to Close.
+// notEOF drops the io.EOF that closing an ended session returns.
 func notEOF(err error) error {
 	if errors.Is(err, io.EOF) {
 		return nil

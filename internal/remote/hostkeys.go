@@ -14,13 +14,15 @@ import (
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
+
+	"flotilla/internal/text"
 )
 
 // ErrHostKey: the far side is not, or may not be, the machine that it should be.
 // Test with errors.Is.
 var ErrHostKey = errors.New("the host key is not accepted")
 
-// HostKeys says which machines are who they say they are.
+// HostKeys says which host keys are accepted.
 type HostKeys struct {
 	// Files are in the form of known_hosts and are read in this order; one that
 	// is missing is empty. Accepted keys are written to the first.
@@ -30,7 +32,7 @@ type HostKeys struct {
 	Ask func(question string) (yes bool, err error)
 	// Alias is the name under which the machine is in the files; "": its address.
 	Alias string
-	// Insecure takes every key, and remembers none.
+	// Insecure accepts every key and remembers none.
 	Insecure bool
 }
 
@@ -39,13 +41,14 @@ type HostKeys struct {
 type hostKeyCheck struct {
 	HostKeys
 	address string        // host:port
-	patient func() func() // stops the clock while a person is asked
+	patient func() func() // pauses the time limit until the returned function is called
 
-	accepted []byte // the key that was accepted, for later exchanges of keys
+	accepted []byte // the key that was accepted
 	refused  error
 }
 
-// check is an ssh.HostKeyCallback.
+// check is an ssh.HostKeyCallback. It is called again when keys are exchanged
+// anew.
 func (h *hostKeyCheck) check(_ string, remote net.Addr, key ssh.PublicKey) error {
 	if h.Insecure || h.accepted != nil && bytes.Equal(h.accepted, key.Marshal()) {
 		return nil
@@ -101,7 +104,7 @@ func (h *hostKeyCheck) changed(key ssh.PublicKey, want []knownhosts.KnownKey) er
 	return &Error{
 		fmt.Errorf("%w: %s shows %s, but %s line %d has %s: the machine was replaced, or somebody stands in between",
 			ErrHostKey, h.address, fingerprint(key), known.Filename, known.Line, fingerprint(known.Key)),
-		fmt.Sprintf("if the machine was replaced, forget its old key: ssh-keygen -f %s -R '%s'", Quote(known.Filename), knownhosts.Normalize(h.address)),
+		fmt.Sprintf("if the machine was replaced, forget its old key: ssh-keygen -f %s -R '%s'", text.ShellQuote(known.Filename), knownhosts.Normalize(h.address)),
 	}
 }
 
@@ -115,7 +118,7 @@ func (h *hostKeyCheck) ask(key ssh.PublicKey) error {
 		return fmt.Errorf("ask about the host key of %s: %w", h.address, err)
 	}
 	if !yes {
-		return &Error{fmt.Errorf("%w: %s is not known, and nobody said yes to %s", ErrHostKey, h.address, fingerprint(key)), ""}
+		return &Error{fmt.Errorf("%w: %s is not known, and its key %s was not accepted", ErrHostKey, h.address, fingerprint(key)), ""}
 	}
 	return remember(h.Files[0], knownhosts.Line([]string{h.address}, key))
 }
@@ -152,9 +155,9 @@ func fingerprint(key ssh.PublicKey) string {
 	return strings.ToUpper(kind) + " " + ssh.FingerprintSHA256(key)
 }
 
-// algorithms returns the kinds of host keys, those first for which a key is
-// known: a server has several, and another one than the known would look like
-// another machine.
+// algorithms returns the kinds of host keys in the order in which the server is
+// to choose: first those of which the files know a key. A server has several
+// keys, and one that is not in the files would look like another machine's.
 func (h *hostKeyCheck) algorithms() ([]string, error) {
 	all := ssh.SupportedAlgorithms().HostKeys
 	if h.Insecure {
@@ -165,7 +168,7 @@ func (h *hostKeyCheck) algorithms() ([]string, error) {
 		return nil, err
 	}
 	var unknown *knownhosts.KeyError
-	if err := callback(h.address, &net.TCPAddr{IP: net.IPv4zero}, nobody{}); !errors.As(err, &unknown) {
+	if err := callback(h.address, &net.TCPAddr{IP: net.IPv4zero}, noKey{}); !errors.As(err, &unknown) {
 		return all, nil
 	}
 	var first []string
@@ -180,9 +183,9 @@ func (h *hostKeyCheck) algorithms() ([]string, error) {
 	return append(first, rest...), nil
 }
 
-// nobody is a key that no machine has.
-type nobody struct{}
+// noKey is a key that no machine has: looking it up tells which keys are known.
+type noKey struct{}
 
-func (nobody) Type() string                        { return "nobody" }
-func (nobody) Marshal() []byte                     { return []byte("nobody") }
-func (nobody) Verify([]byte, *ssh.Signature) error { return ErrHostKey }
+func (noKey) Type() string                        { return "none" }
+func (noKey) Marshal() []byte                     { return []byte("none") }
+func (noKey) Verify([]byte, *ssh.Signature) error { return ErrHostKey }

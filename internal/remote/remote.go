@@ -120,22 +120,22 @@ type Client struct {
 
 // Dial logs in at a machine. ctx ends the attempt, not the connection.
 //
-// Errors: nobody answers; the host key is not accepted (ErrHostKey); no key of
-// ours is accepted. They are of type *Error, joined with others perhaps.
+// It fails when the machine does not answer, when its host key is not accepted
+// (ErrHostKey), or when it accepts none of our keys. Errors of these are of type
+// *Error, perhaps joined with others.
 func Dial(ctx context.Context, to Target, o Options) (*Client, error) {
 	return connect(ctx, to, o, func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "tcp", to.Address())
 	})
 }
 
-// Jump logs in at a further machine through this one, which sees nothing of what
-// is spoken. The new connection ends with this one.
+// Jump logs in at another machine through this one, which sees only encrypted
+// traffic. The new connection ends with this one.
 func (c *Client) Jump(ctx context.Context, to Target, o Options) (*Client, error) {
 	return connect(ctx, to, o, func(ctx context.Context) (net.Conn, error) { return c.DialTCP(ctx, to.Address()) })
 }
 
-// connect gives each of the two parts, reaching the machine and logging in, the
-// time-out.
+// connect reaches the machine and logs in. Each of the two has the whole time-out.
 func connect(ctx context.Context, to Target, o Options, dial func(context.Context) (net.Conn, error)) (*Client, error) {
 	timeout := o.Timeout
 	if timeout <= 0 {
@@ -147,7 +147,7 @@ func connect(ctx context.Context, to Target, o Options, dial func(context.Contex
 	if to.User == "" {
 		u, err := user.Current()
 		if err != nil {
-			return nil, fmt.Errorf("ssh to %s: nobody said as which user: %w", to, err)
+			return nil, fmt.Errorf("ssh to %s: no user name given (use user@host or --ssh-username): %w", to, err)
 		}
 		to.User = u.Username
 	}
@@ -164,9 +164,9 @@ func connect(ctx context.Context, to Target, o Options, dial func(context.Contex
 	return client, nil
 }
 
-// login speaks ssh on conn until the user is in.
+// login logs the user in on conn.
 func login(ctx context.Context, conn net.Conn, to Target, o Options, timeout time.Duration) (*Client, error) {
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // the handshake then says so
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // which ends the handshake
 	defer stop()
 	late := make(chan struct{})
 	limit := time.AfterFunc(timeout, func() {
@@ -174,7 +174,7 @@ func login(ctx context.Context, conn net.Conn, to Target, o Options, timeout tim
 		_ = conn.Close() // as above
 	})
 	defer limit.Stop()
-	// People are slow: while one is asked, the clock stands still.
+	// The time limit is paused while a person is asked.
 	patient := func() func() {
 		if !limit.Stop() {
 			return func() {}
@@ -215,7 +215,8 @@ func login(ctx context.Context, conn net.Conn, to Target, o Options, timeout tim
 	return client, nil
 }
 
-// explain turns the library's error into what the operator needs to know.
+// explain turns an error of the library into one that names the cause and, where
+// one is known, the remedy.
 func explain(to Target, keys *keys, check *hostKeyCheck, err error) error {
 	var known *Error
 	switch {
@@ -246,9 +247,6 @@ func ignoreClosed(err error) error {
 	return err
 }
 
-// Target returns the machine and the user of the connection.
-func (c *Client) Target() Target { return c.target }
-
 // keepAlive asks the far side whether it is there and cuts the connection when no
 // answer comes.
 func (c *Client) keepAlive(every time.Duration) {
@@ -271,9 +269,6 @@ func (c *Client) keepAlive(every time.Duration) {
 		}
 	}
 }
-
-// Wait returns when the connection has ended.
-func (c *Client) Wait() { _ = c.ssh.Wait() } // any end is one
 
 // Close ends the connection and everything that goes through it.
 func (c *Client) Close() error {

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/text"
 )
 
 // hostileValues are values that must do nothing but make a problem, by the key
@@ -251,7 +252,7 @@ func isProblem(s *catalog.Snapshot, key string, revision int64) bool {
 			continue
 		}
 		for _, p := range svc.Problems {
-			if strings.HasSuffix(p.Key, "/"+catalog.Show(name)) || p.Key == catalog.Prefix+svc.Name {
+			if strings.HasSuffix(p.Key, "/"+text.Show(name)) || p.Key == catalog.Prefix+svc.Name {
 				return true
 			}
 			// One problem stands for all keys with the same domain.

@@ -14,10 +14,12 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/membership"
+
+	"flotilla/internal/durable"
 )
 
 // marker is the file beside the data directory that says who the member is. It
-// is written before the first start and outlives the data.
+// is written before the first start and stays when the data is lost.
 type marker struct {
 	V       int    `json:"v"`
 	Name    string `json:"name"`     // <node>-<random>, never used twice
@@ -45,33 +47,13 @@ func MemberName(dataDir string) (string, error) {
 	return m.Name, err
 }
 
-// write replaces the file so that a crash leaves the old or the new one.
 func (m marker) write(path string) error {
 	text, err := json.MarshalIndent(m, "", "  ")
-	if err != nil {
-		return err
+	if err == nil {
+		err = durable.WriteFile(path, append(text, '\n'), 0o600)
 	}
-	err = func() error {
-		f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".")
-		if err != nil {
-			return err
-		}
-		defer func() { _ = os.Remove(f.Name()) }()
-		_, err = f.Write(append(text, '\n'))
-		if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-			return err
-		}
-		if err := os.Rename(f.Name(), path); err != nil {
-			return err
-		}
-		dir, err := os.Open(filepath.Dir(path))
-		if err != nil {
-			return err
-		}
-		return errors.Join(dir.Sync(), dir.Close())
-	}()
 	if err != nil {
-		return fmt.Errorf("write down who this member is: %w", err)
+		return fmt.Errorf("record who this member is: %w", err)
 	}
 	return nil
 }
@@ -140,7 +122,7 @@ func (s *server) join(ctx context.Context) (initialCluster string, err error) {
 	}
 }
 
-// errAgain wraps what may pass.
+// errAgain wraps errors after which joining is tried again.
 var errAgain = errors.New("not possible now")
 
 // tryJoin is one try of join.
@@ -169,7 +151,7 @@ func (s *server) tryJoin(ctx context.Context, c *Client) (string, error) {
 			}
 		case m.Name == "" && m.IsLearner || m.Name == s.marker.Name:
 			mine = true
-		case m.IsLearner: // has no vote: what it has forgotten harms nobody
+		case m.IsLearner: // it has never voted: its lost data cannot harm the cluster
 			if _, err := c.etcd.MemberRemove(ctx, m.ID); err != nil {
 				return "", fmt.Errorf("%w: %w", errAgain, c.explain("remove the earlier member "+m.Name+" of this address", err))
 			}
@@ -193,15 +175,15 @@ func (s *server) tryJoin(ctx context.Context, c *Client) (string, error) {
 	return s.tryJoin(ctx, c) // the list with this member in it
 }
 
-// codeRefused reports whether trying again is of no use.
+// codeRefused reports whether trying again is useless.
 func codeRefused(err error) bool {
 	return !unknownOutcome(err) && !errors.Is(err, rpctypes.ErrTooManyLearners) && !errors.Is(err, rpctypes.ErrMemberNotEnoughStarted)
 }
 
-// promote makes learners into voters until ctx ends. Every member runs it and
-// the leader acts. One voter stays one until two learners are in step, then both
-// are promoted, so that there are never two voters for longer than that takes.
-// Should the second promotion be lost, the next leader finishes it.
+// promote turns learners into voters until ctx ends. Every member runs it, and
+// only the leader acts. A single voter stays alone until two learners have caught
+// up, then both are promoted, so that there are two voters only for that moment. If
+// the second promotion fails, the next leader repeats it.
 func (s *server) promote(ctx context.Context, e *etcdserver.EtcdServer) {
 	said := ""
 	for wait(ctx, time.Second) {
@@ -228,7 +210,8 @@ func (s *server) promote(ctx context.Context, e *etcdserver.EtcdServer) {
 	}
 }
 
-// lagLimit is how many entries a learner in step may be behind the voters.
+// lagLimit is how many entries a learner that has caught up may be behind the
+// voters.
 const lagLimit = 500
 
 func (s *server) promoteAll(ctx context.Context, e *etcdserver.EtcdServer, learners []*membership.Member, missing int) error {

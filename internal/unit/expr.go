@@ -7,12 +7,14 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"flotilla/internal/text"
 )
 
 // maxDepth is how deep parentheses and "not" may be nested in an expression.
 const maxDepth = 100
 
-// Expr is a condition on a machine's metadata, as written behind Where=:
+// Expr is a condition on a machine's metadata, as written after Where=:
 //
 //	zone in (a, b) and not (disk = hdd || cores < 8)
 //
@@ -20,22 +22,11 @@ const maxDepth = 100
 // compare text; <, <=, > and >= compare decimal numbers, and are false if the
 // metadata is not one. An Expr is immutable.
 type Expr struct {
-	text string
-	root *node
+	source string
+	root   *node
 }
 
-// ExprError says where an expression cannot be understood.
-type ExprError struct {
-	Column int // in characters, from 1
-	Reason string
-	Remedy string
-}
-
-func (e *ExprError) Error() string {
-	return fmt.Sprintf("column %d: %s; %s", e.Column, e.Reason, e.Remedy)
-}
-
-// node is a comparison (key op values) or a combination (op kids).
+// node is a comparison (key op values) or a combination of others (op kids).
 type node struct {
 	op     string // = != < <= > >= in; and or not
 	kids   []*node
@@ -44,15 +35,12 @@ type node struct {
 	number float64 // of values[0], for the comparisons of numbers
 }
 
-// ParseExpr reads an expression. The error is an *ExprError.
-func ParseExpr(text string) (*Expr, error) {
-	return parseExpr(text, func(s string) string { return s }, false)
-}
-
-// parseExpr expands each key and each value by expand. A template's values are
-// not known yet: what still holds a specifier passes as a number.
-func parseExpr(text string, expand func(string) string, template bool) (*Expr, error) {
-	tokens, err := lex(text)
+// parseExpr reads an expression, and expands each key and each value by expand.
+// The values of a template are not known yet: one that still holds a specifier
+// is accepted as a number. The error is a Problem whose reason begins with the
+// column.
+func parseExpr(source string, expand func(string) string, template bool) (*Expr, error) {
+	tokens, err := lex(source)
 	if err != nil {
 		return nil, err
 	}
@@ -64,11 +52,11 @@ func parseExpr(text string, expand func(string) string, template bool) (*Expr, e
 	if t := p.peek(); t.kind != tokenEnd {
 		return nil, t.fail("expected and, or, or the end instead of "+t.shown(), "join comparisons with and or or, as in: zone = a and disk = ssd")
 	}
-	return &Expr{text: text, root: root}, nil
+	return &Expr{source, root}, nil
 }
 
 // String returns the expression as it was written.
-func (e *Expr) String() string { return e.text }
+func (e *Expr) String() string { return e.source }
 
 // Match reports whether the metadata of a machine fulfils the expression.
 func (e *Expr) Match(metadata map[string]string) bool { return e.root.match(metadata) }
@@ -141,7 +129,7 @@ type exprParser struct {
 
 func (p *exprParser) peek() token { return p.tokens[0] }
 
-// next returns the next token; the last one is never used up.
+// next consumes and returns the next token. The last one, tokenEnd, stays.
 func (p *exprParser) next() token {
 	t := p.tokens[0]
 	if t.kind != tokenEnd {
@@ -224,7 +212,7 @@ func (p *exprParser) comparison() (*node, error) {
 	case negated:
 		return nil, op.fail("expected in instead of "+op.shown(), "write: not in (a, b)")
 	case op.kind != tokenSymbol || strings.Trim(op.text, "=!<>") != "" || op.text == "!":
-		return nil, op.fail(fmt.Sprintf("expected an operator behind the key %s instead of %s", show(t.text), op.shown()),
+		return nil, op.fail(fmt.Sprintf("expected an operator after the key %s instead of %s", text.Show(t.text), op.shown()),
 			"use =, !=, <, <=, >, >=, in (...) or not in (...); the expression as a whole takes no quotes")
 	}
 	n.op = strings.Replace(op.text, "==", "=", 1)
@@ -300,57 +288,57 @@ func (t token) shown() string {
 	case tokenEnd:
 		return "the end"
 	case tokenQuoted:
-		return strconv.Quote(show(t.text))
+		return strconv.Quote(text.Show(t.text))
 	}
-	return show(t.text)
+	return text.Show(t.text)
 }
 
 func (t token) fail(reason, remedy string) error {
-	return &ExprError{Column: t.column, Reason: reason, Remedy: remedy}
+	return Problem{Reason: fmt.Sprintf("column %d of the expression: %s", t.column, reason), Remedy: remedy}
 }
 
-// lex cuts text into tokens; the last is a tokenEnd.
-func lex(text string) ([]token, error) {
+// lex cuts source into tokens; the last is a tokenEnd.
+func lex(source string) ([]token, error) {
 	const special = "()=!<>&|,\"' \t\r\n"
 	var tokens []token
 	column := 1
-	for text != "" {
+	for source != "" {
 		t := token{column: column}
 		size := 1
-		switch c := text[0]; {
-		case strings.HasPrefix(text, "\\\n"): // the line goes on
+		switch c := source[0]; {
+		case strings.HasPrefix(source, "\\\n"): // the line goes on
 			size = 2
 		case strings.IndexByte(" \t\r\n", c) >= 0:
 		case c == '"' || c == '\'':
-			end := strings.IndexByte(text[1:], c)
+			end := strings.IndexByte(source[1:], c)
 			if end < 0 {
 				return nil, t.fail("the quote is not closed", "close it, or use the other kind of quote around this one")
 			}
-			t.kind, t.text, size = tokenQuoted, text[1:1+end], end+2
+			t.kind, t.text, size = tokenQuoted, source[1:1+end], end+2
 		case c == '&' || c == '|':
-			if size = 2; len(text) < 2 || text[1] != c {
+			if size = 2; len(source) < 2 || source[1] != c {
 				return nil, t.fail(fmt.Sprintf("a single %c", c), fmt.Sprintf("write %c%c, or the words and and or", c, c))
 			}
-			t.kind, t.text = tokenSymbol, text[:size]
+			t.kind, t.text = tokenSymbol, source[:size]
 		case strings.IndexByte(special, c) >= 0:
-			if len(text) > 1 && text[1] == '=' && strings.IndexByte("=!<>", c) >= 0 {
+			if len(source) > 1 && source[1] == '=' && strings.IndexByte("=!<>", c) >= 0 {
 				size = 2
 			}
-			t.kind, t.text = tokenSymbol, text[:size]
+			t.kind, t.text = tokenSymbol, source[:size]
 		default:
-			if size = strings.IndexAny(text, special); size < 0 {
-				size = len(text)
+			if size = strings.IndexAny(source, special); size < 0 {
+				size = len(source)
 			}
-			if strings.HasPrefix(text[size-1:], "\\\n") {
+			if strings.HasPrefix(source[size-1:], "\\\n") {
 				size-- // the backslash belongs to the end of the line
 			}
-			t.kind, t.text = tokenWord, text[:size]
+			t.kind, t.text = tokenWord, source[:size]
 		}
 		if t.kind != tokenEnd {
 			tokens = append(tokens, t)
 		}
-		column += utf8.RuneCountInString(text[:size])
-		text = text[size:]
+		column += utf8.RuneCountInString(source[:size])
+		source = source[size:]
 	}
 	return append(tokens, token{column: column}), nil
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"flotilla/internal/text"
 )
 
 // MaxLine is the length in bytes of the longest line of a unit file, as in
@@ -23,7 +25,7 @@ const MaxLine = 1 << 20
 type Option struct {
 	Section string
 	Name    string
-	Value   string // white space trimmed; continuation lines kept, each behind a backslash and a newline
+	Value   string // white space trimmed; continuation lines kept, with the backslash and the newline between them
 	Line    int    // on which it starts, from 1
 }
 
@@ -39,7 +41,7 @@ type File struct {
 // their order, repetitions and empty values, and quotes mean nothing. Unlike
 // fleet it refuses what fleet or systemd would go on to read as something
 // else: NUL bytes, text that is not UTF-8, section names of several lines, and
-// white space behind a backslash that ends a line. The error is a Problem.
+// white space after a backslash that ends a line. The error is a Problem.
 func Parse(text string) (*File, error) {
 	n := 0
 	for line := range strings.SplitSeq(text, "\n") {
@@ -83,15 +85,15 @@ func Parse(text string) (*File, error) {
 	return f, nil
 }
 
-// preamble returns what counts of a line before the first section: nothing up
-// to a bracket or a comment.
+// preamble returns a line before the first section from its first bracket or
+// comment on. It warns about text before that, which has no effect.
 func (f *File) preamble(line string, number int) string {
 	skipped, counts := line, ""
 	if i := strings.IndexAny(line, "[#;"); i >= 0 {
 		skipped, counts = line[:i], line[i:]
 	}
 	if skipped = strings.TrimSpace(strings.TrimPrefix(skipped, "\ufeff")); skipped != "" {
-		f.warnings = append(f.warnings, Problem{Line: number, Value: show(skipped), Warning: true,
+		f.warnings = append(f.warnings, Problem{Line: number, Value: text.Show(skipped), Warning: true,
 			Reason: "text before the first section is ignored", Remedy: "put it below a line such as [Unit], or remove it"})
 	}
 	return counts
@@ -100,13 +102,13 @@ func (f *File) preamble(line string, number int) string {
 func sectionName(line string, number int) (string, error) {
 	name, rest, closed := strings.Cut(line[1:], "]")
 	fail := func(reason, remedy string) (string, error) {
-		return "", Problem{Line: number, Value: show(line), Reason: reason, Remedy: remedy}
+		return "", Problem{Line: number, Value: text.Show(line), Reason: reason, Remedy: remedy}
 	}
 	if !closed {
-		return fail("unable to find end of section "+show(line), "close it on the same line, as in [Service]")
+		return fail("unable to find end of section "+text.Show(line), "close it on the same line, as in [Service]")
 	}
 	if rest = strings.TrimSpace(rest); rest != "" {
-		return fail(fmt.Sprintf("found garbage after section name %s: %s", show(name), show(rest)), "move it to a line of its own")
+		return fail(fmt.Sprintf("found garbage after section name %s: %s", text.Show(name), text.Show(rest)), "move it to a line of its own")
 	}
 	if !utf8.ValidString(name) {
 		return fail("the section name is not UTF-8", "save the file as UTF-8")
@@ -143,7 +145,7 @@ func (s *scanner) option(line string) (Option, error) {
 	name, rest, found := strings.Cut(line, "=")
 	o := Option{Name: strings.TrimSpace(name), Line: s.line}
 	if !found || strings.Contains(name, "\r") {
-		return o, Problem{Line: s.line, Value: show(line), Reason: "unexpected newline encountered while parsing option name " + show(line),
+		return o, Problem{Line: s.line, Value: text.Show(line), Reason: "unexpected newline encountered while parsing option name " + text.Show(line),
 			Remedy: "write NAME=VALUE, or # in front of a comment"}
 	}
 	var value strings.Builder
@@ -190,7 +192,7 @@ func New(options []Option) (*File, error) {
 		}
 		if read.Section != o.Section || read.Name != strings.TrimSpace(o.Name) || strings.TrimSpace(read.Value) != strings.TrimSpace(o.Value) {
 			o.Line = read.Line
-			return nil, o.problem(fmt.Sprintf("a unit file cannot hold the option %s of section %s as it is given", show(o.Name), show(o.Section)),
+			return nil, o.problem(fmt.Sprintf("a unit file cannot hold the option %s of section %s as it is given", text.Show(o.Name), text.Show(o.Section)),
 				"end every line of a value but the last in a backslash, and no value in one")
 		}
 	}
@@ -235,6 +237,3 @@ func (f *File) Hash() Hash { return sha1.Sum([]byte(f.Serialize())) }
 
 // String returns the hash as 40 hexadecimal digits.
 func (h Hash) String() string { return hex.EncodeToString(h[:]) }
-
-// Short returns the first 7 digits, which are enough for people.
-func (h Hash) Short() string { return h.String()[:7] }

@@ -54,7 +54,7 @@ func isAlnum(r rune) bool {
 }
 
 // FromArgument returns the unit name that a command's argument means: the last
-// element of a path, and .service behind it unless it ends in a type that fleet
+// element of a path, with .service appended unless it ends in a type that fleet
 // recognizes there (target, swap, slice and scope are not among them).
 func FromArgument(arg string) string {
 	name := path.Base(arg)
@@ -70,7 +70,7 @@ type Name struct {
 	Full     string // web@1.service
 	Stem     string // web@1
 	Prefix   string // web
-	Instance string // 1; all behind the first @
+	Instance string // 1; all after the first @
 	Type     string // service
 
 	at bool // the stem has an @

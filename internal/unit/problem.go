@@ -3,9 +3,9 @@ package unit
 import (
 	"errors"
 	"fmt"
-	"strconv"
 	"strings"
-	"unicode"
+
+	"flotilla/internal/text"
 )
 
 // Problem is one thing that is wrong with a unit file: where it is, what is
@@ -45,19 +45,5 @@ func Refusal(problems []Problem) error {
 
 // problem is a Problem with o.
 func (o *Option) problem(reason, remedy string) Problem {
-	return Problem{Line: o.Line, Key: show(o.Name), Value: show(o.Value), Reason: reason, Remedy: remedy}
-}
-
-// show makes s fit for one line of text: at most 80 characters, quoted if it
-// has any that are not printable.
-func show(s string) string {
-	const limit = 80
-	cut := s
-	if runes := []rune(s[:min(len(s), 4*limit+4)]); len(runes) > limit {
-		cut = string(runes[:limit-3]) + "..."
-	}
-	if strings.ContainsFunc(cut, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }) {
-		return strconv.Quote(cut)
-	}
-	return cut
+	return Problem{Line: o.Line, Key: text.Show(o.Name), Value: text.Show(o.Value), Reason: reason, Remedy: remedy}
 }

@@ -6,17 +6,19 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	"flotilla/internal/text"
 )
 
-// Section is the section of a unit file that speaks of placement.
+// Section is the section of a unit file with the unit's placement requirements.
 const Section = "X-Fleet"
 
 // DefaultSpread is the metadata key over which units are spread unless they
 // say SpreadOver=.
 const DefaultSpread = "zone"
 
-// Requirements are what a unit asks in [X-Fleet], with its specifiers expanded
-// (a template keeps them). They are immutable.
+// Requirements are the contents of [X-Fleet], with specifiers expanded (a template
+// keeps them). They are immutable.
 type Requirements struct {
 	Unit      string              // the unit's own name, which its own patterns never match
 	MachineID string              // the machine's full ID or its first 8 characters; "" for any machine
@@ -39,9 +41,9 @@ type Requirements struct {
 // shortID is the length of the short form of a machine ID.
 const shortID = 8
 
-// Mismatch returns why a machine is not one the unit wants, judged by
-// MachineID, MachineMetadata and Where, and "" if it is. The reason speaks of
-// the machine: "its metadata has disk=hdd and not disk=ssd".
+// Mismatch returns why a machine does not meet MachineID, MachineMetadata and
+// Where, and "" if it does. The reason is about the machine: "its metadata has
+// disk=hdd and not disk=ssd".
 func (r *Requirements) Mismatch(id string, metadata map[string]string) string {
 	if r.MachineID != "" && r.MachineID != id && (len(id) < shortID || r.MachineID != id[:shortID]) {
 		return "it is not machine " + r.MachineID
@@ -93,8 +95,8 @@ func (r *Requirements) match(patterns []string, other string) (string, bool) {
 	return firstMatch(patterns, other)
 }
 
-// firstMatch takes a pattern that path.Match refuses for one that matches
-// nothing.
+// firstMatch returns the first pattern that matches name. One that path.Match
+// refuses matches nothing.
 func firstMatch(patterns []string, name string) (string, bool) {
 	i := slices.IndexFunc(patterns, func(pattern string) bool {
 		ok, err := path.Match(pattern, name)
@@ -119,7 +121,7 @@ func (f *File) Check(n Name) (*Requirements, []Problem) {
 		case o.Section == Section:
 			c.option(o)
 		case strings.EqualFold(strings.TrimSpace(o.Section), Section):
-			c.warn(o, fmt.Sprintf("the section [%s] is not [%s] and has no effect", show(o.Section), Section), "write ["+Section+"]")
+			c.warn(o, fmt.Sprintf("the section [%s] is not [%s] and has no effect", text.Show(o.Section), Section), "write ["+Section+"]")
 		}
 	}
 	c.machineID()
@@ -146,15 +148,15 @@ type value struct {
 	*Option
 	raw  string // as written
 	text string // with specifiers expanded
-	open bool   // a template's, still with a specifier
+	open bool   // it is a template's and has a specifier
 }
 
 // shown is the value as the text of a problem names it.
 func (v value) shown() string {
 	if v.text == "" {
-		return fmt.Sprintf("%s, which is empty here,", show(v.raw))
+		return fmt.Sprintf("%s, which is empty here,", text.Show(v.raw))
 	}
-	return show(v.text)
+	return text.Show(v.text)
 }
 
 func (c *checker) refuse(o *Option, reason, remedy string) {
@@ -167,8 +169,8 @@ func (c *checker) warn(o *Option, reason, remedy string) {
 	c.problems = append(c.problems, p)
 }
 
-// current returns what key is called today; ok is false if it means nothing in
-// [X-Fleet].
+// current returns the current name of a key, which may be a deprecated one; ok is
+// false for a key that is not one of [X-Fleet].
 func current(key string) (name string, ok bool) {
 	switch key {
 	case "X-ConditionMachineID", "X-ConditionMachineBootID":
@@ -189,10 +191,10 @@ func (c *checker) option(o *Option) {
 	switch {
 	case !known:
 		remedy := "it has no effect: remove it, or write one of " + strings.Join(keys(), ", ")
-		if meant := nearest(o.Name); meant != "" {
+		if meant := text.Nearest(o.Name, keys()); meant != "" {
 			remedy = "it has no effect: write " + meant
 		}
-		c.warn(o, fmt.Sprintf("unrecognized requirement in [%s] section: %q", Section, show(o.Name)), remedy)
+		c.warn(o, fmt.Sprintf("unrecognized requirement in [%s] section: %q", Section, text.Show(o.Name)), remedy)
 		return
 	case name != o.Name:
 		c.warn(o, o.Name+" is deprecated", "write "+name)
@@ -266,10 +268,10 @@ func (c *checker) machineID() {
 	for i, v := range c.values(names...) {
 		switch {
 		case i > 0:
-			c.warn(v.Option, fmt.Sprintf("MachineID is given more than once: only %s counts", show(c.req.MachineID)), "remove this one")
+			c.warn(v.Option, fmt.Sprintf("MachineID is given more than once: only %s counts", text.Show(c.req.MachineID)), "remove this one")
 			continue
 		case v.text == "":
-			c.refuse(v.Option, v.raw+" is empty for "+show(c.name.Full)+": no machine has that ID", "use it in a template, or name the machine")
+			c.refuse(v.Option, v.raw+" is empty for "+text.Show(c.name.Full)+": no machine has that ID", "use it in a template, or name the machine")
 		case !v.open && strings.Trim(v.text, "0123456789abcdef") != "":
 			c.warn(v.Option, "this does not look like a machine ID", "write what list-machines --full shows: 32 hexadecimal digits")
 		}
@@ -285,7 +287,7 @@ func (c *checker) machineOf() {
 		switch {
 		case v.open:
 		case err != nil:
-			c.refuse(v.Option, fmt.Sprintf("no unit can be called %s: %s", show(v.text), err), `name one unit with its type, or several in quotes: "a.service" "b.service"`)
+			c.refuse(v.Option, fmt.Sprintf("no unit can be called %s: %s", text.Show(v.text), err), `name one unit with its type, or several in quotes: "a.service" "b.service"`)
 		case v.text == c.name.Full:
 			c.refuse(v.Option, "the unit would wait for itself", "name another unit")
 		}
@@ -300,7 +302,7 @@ func (c *checker) metadata() {
 		key, wanted, _ := strings.Cut(v.text, "=")
 		if key == "" || wanted == "" || strings.Contains(wanted, "=") {
 			if !v.open {
-				c.warn(v.Option, fmt.Sprintf("%s is not key=value and has no effect", show(v.text)), `write key=value; several in quotes: "disk=ssd" "zone=a"`)
+				c.warn(v.Option, fmt.Sprintf("%s is not key=value and has no effect", text.Show(v.text)), `write key=value; several in quotes: "disk=ssd" "zone=a"`)
 			}
 			continue
 		}
@@ -316,7 +318,7 @@ func (c *checker) metadata() {
 func (c *checker) patterns() {
 	check := func(v value, pattern string) {
 		if _, err := path.Match(pattern, ""); err != nil {
-			c.warn(v.Option, fmt.Sprintf("the pattern %s is malformed and matches nothing", show(pattern)), `close its brackets, or write \ in front of a bracket that is meant as such`)
+			c.warn(v.Option, fmt.Sprintf("the pattern %s is malformed and matches nothing", text.Show(pattern)), `close its brackets, or write \ in front of a bracket that is meant as such`)
 		}
 	}
 	c.empty(c.warn, " and no effect", "X-Conflicts", "Conflicts", "Replaces")
@@ -339,7 +341,7 @@ func isTrue(s string) bool {
 	return slices.Contains([]string{"true", "yes", "1", "on", "t"}, strings.ToLower(s))
 }
 
-// parseSwitch returns a yes or no; of what it cannot read the answer is no.
+// parseSwitch reads a yes or no. Anything else is a no, with ok false.
 func parseSwitch(s string) (on, ok bool) {
 	on = isTrue(s)
 	return on, on || slices.Contains([]string{"false", "no", "0", "off", "f"}, strings.ToLower(s))
@@ -369,7 +371,7 @@ func (c *checker) reservations() {
 	for _, v := range c.values("MemoryReserve") {
 		size, ok := parseScaled(v.text, map[string]float64{"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40})
 		if c.req.Memory = size; !ok && !v.open {
-			c.refuse(v.Option, v.shown()+" is not an amount of memory", "write bytes, or a number with K, M, G or T behind it, such as 512M or 1.5G")
+			c.refuse(v.Option, v.shown()+" is not an amount of memory", "write bytes, or a number with K, M, G or T after it, such as 512M or 1.5G")
 		}
 	}
 	for _, v := range c.values("CPUReserve") {
@@ -387,7 +389,7 @@ func (c *checker) reservations() {
 		case !isMetadataKey(name) || !ok || strings.Contains(amount, "."):
 			c.refuse(v.Option, v.shown()+" is not NAME=AMOUNT", `write a name and a whole number, such as gpu=1; several in quotes: "gpu=1" "license=2"`)
 		case twice:
-			c.refuse(v.Option, show(name)+" is reserved twice", "write the sum in one place")
+			c.refuse(v.Option, text.Show(name)+" is reserved twice", "write the sum in one place")
 		default:
 			if c.req.Counters == nil {
 				c.req.Counters = map[string]int64{}
@@ -423,7 +425,7 @@ func (c *checker) spread() {
 			switch {
 			case v.open:
 			case !isMetadataKey(key):
-				c.refuse(v.Option, show(key)+" is not a metadata key", "a key has letters, digits, dots, - and _, such as zone")
+				c.refuse(v.Option, text.Show(key)+" is not a metadata key", "a key has letters, digits, dots, - and _, such as zone")
 				continue
 			case slices.Contains(c.req.SpreadOver, key):
 				continue
@@ -453,16 +455,17 @@ func (c *checker) where() {
 		}
 		e, err := parseExpr(o.Value, expand, c.name.IsTemplate())
 		if err != nil {
-			bad := err.(*ExprError)
-			c.refuse(o, fmt.Sprintf("column %d of the expression: %s", bad.Column, bad.Reason), bad.Remedy)
+			bad := err.(Problem)
+			c.refuse(o, bad.Reason, bad.Remedy)
 			continue
 		}
 		c.req.Where = append(c.req.Where, e)
 	}
 }
 
-// combinations refuses what cannot go together, in fleet's order and words and
-// on values as written: fleet checks before it knows the unit's name.
+// combinations refuses options that exclude each other, in fleet's order and
+// words. It checks the values as written, as fleet does, which does not know the
+// unit's name yet.
 func (c *checker) combinations() []Problem {
 	ids := c.values("MachineID", "X-ConditionMachineID", "X-ConditionMachineBootID")
 	peers := c.values("X-ConditionMachineOf", "MachineOf")
@@ -490,7 +493,7 @@ func (c *checker) combinations() []Problem {
 		for _, v := range replaces {
 			if pattern, ok := firstMatch([]string{v.raw}, peer.raw); ok {
 				refuse(peer, v, fmt.Sprintf("unresolvable requirements: peer %q matches replace %q", peer.raw, pattern),
-					fmt.Sprintf("a unit cannot drive away the one it must be with: remove the peer of line %d or the pattern of line %d", peer.Line, v.Line))
+					fmt.Sprintf("a unit cannot replace the one it must be with: remove the peer of line %d or the pattern of line %d", peer.Line, v.Line))
 			}
 		}
 	}
@@ -517,47 +520,12 @@ func (c *checker) combinations() []Problem {
 	return found
 }
 
-// last returns the value of a switch that counts, if it is on.
+// last returns the last value of a switch, which is the one that counts, if it is
+// on.
 func (c *checker) last(name string) []value {
 	values := c.values(name)
 	if len(values) == 0 || !isTrue(values[len(values)-1].raw) {
 		return nil
 	}
 	return values[len(values)-1:]
-}
-
-// nearest returns the key that was probably meant by an unknown one, or "".
-func nearest(name string) string {
-	best, distance := "", 3
-	for _, key := range keys() {
-		if d := editDistance(strings.ToLower(name), strings.ToLower(key)); d < distance {
-			best, distance = key, d
-		}
-	}
-	return best
-}
-
-// editDistance counts the characters to insert, delete or replace between a and
-// b; names much longer than any key are as far as can be.
-func editDistance(a, b string) int {
-	if len(a) > len(b)+3 {
-		return len(a)
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }

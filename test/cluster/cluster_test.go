@@ -23,15 +23,15 @@ import (
 	"flotilla/internal/store/storetest"
 )
 
-// program is the built flotilla; bin/ is not kept in the repository.
-const program = "../../bin/flotilla-test"
+// program is the built flotillad; bin/ is not kept in the repository.
+const program = "../../bin/flotillad-test"
 
 func TestMain(m *testing.M) {
 	// A member of storetest's cluster is this program, too.
 	if _, member := os.LookupEnv("FLOTILLA_STORETEST_MEMBER"); member {
 		storetest.Main(m)
 	}
-	if out, err := exec.Command("go", "build", "-o", program, "flotilla/cmd/flotilla").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-o", program, "flotilla/cmd/flotillad").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
 		os.Exit(1)
 	}

@@ -25,7 +25,7 @@ import (
 	"time"
 )
 
-// binary is flotilla; fleetctl is a link to it.
+// binary is flotilla, with flotillad beside it; fleetctl is a link to it.
 var binary, fleetctl string
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
@@ -38,8 +38,8 @@ func testMain(m *testing.M) int {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	binary, fleetctl = filepath.Join(dir, "flotilla"), filepath.Join(dir, "fleetctl")
-	build := exec.Command("go", "build", "-o", binary, "flotilla/cmd/flotilla")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0") // it runs on Debian of other years too
+	build := exec.Command("go", "build", "-o", dir+"/", "flotilla/cmd/flotilla", "flotilla/cmd/flotillad")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // they run on Debian of other years too
 	build.Stderr = os.Stderr
 	if err := errors.Join(build.Run(), os.Symlink("flotilla", fleetctl)); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -70,16 +70,11 @@ type Server struct {
 // file in. lines are added to its configuration. It ends with the test.
 func Start(t testing.TB, host, key string, lines ...string) *Server {
 	t.Helper()
-	return start(t, host, 0, key, lines)
+	return StartAt(t, host, 0, key, lines...)
 }
 
-// StartAt is Start on a certain port.
+// StartAt is Start on a certain port; 0: one that is free.
 func StartAt(t testing.TB, host string, port int, key string, lines ...string) *Server {
-	t.Helper()
-	return start(t, host, port, key, lines)
-}
-
-func start(t testing.TB, host string, port int, key string, lines []string) *Server {
 	t.Helper()
 	u, err := user.Current()
 	if err != nil {
@@ -97,7 +92,7 @@ func start(t testing.TB, host string, port int, key string, lines []string) *Ser
 			t.Fatal(err)
 		}
 	}
-	for range 5 { // somebody may take the port meanwhile
+	for range 5 { // another process may take the port meanwhile
 		if s.Port = port; port == 0 {
 			s.Port = freePort(t, host)
 		}
@@ -116,7 +111,7 @@ func freePort(t testing.TB, host string) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }() // nobody used it
+	defer func() { _ = l.Close() }() // it was not used
 	return l.Addr().(*net.TCPAddr).Port
 }
 
@@ -133,7 +128,7 @@ func (s *Server) KnownHosts() string {
 	return fmt.Sprintf("[%s]:%d %s", s.Host, s.Port, public)
 }
 
-// Log returns what the server has said.
+// Log returns the server's log.
 func (s *Server) Log() string {
 	raw, err := os.ReadFile(filepath.Join(s.dir, "log"))
 	if err != nil {
@@ -156,7 +151,7 @@ func (s *Server) Replace(lines ...string) {
 	}
 }
 
-// run reports whether the server serves.
+// run starts sshd and reports whether it answers.
 func (s *Server) run(lines []string) bool {
 	s.t.Helper()
 	config := append([]string{

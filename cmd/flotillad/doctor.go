@@ -11,6 +11,7 @@ import (
 	"flotilla/internal/cli"
 	"flotilla/internal/client"
 	"flotilla/internal/node"
+	"flotilla/internal/nodeconfig"
 )
 
 // level is how a check ended.
@@ -44,7 +45,7 @@ func bad(check, remedy, format string, args ...any) finding {
 
 // patient is what the checks look at.
 type patient struct {
-	cfg     node.Config
+	cfg     nodeconfig.Config
 	running *client.NodeStatus // of the node that serves on the socket; nil: none does
 }
 
@@ -54,18 +55,18 @@ var checks = []func(ctx context.Context, p *patient) []finding{
 }
 
 func doctorCommand() *cobra.Command {
-	given := node.Default()
+	given := nodeconfig.Default()
 	var output string
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Check whether this machine can run a node well, and say what to do",
-		Long: `Check this machine for the settings that flotilla node would have: give the same
+		Long: `Check this machine for the settings that flotillad node would have: give the same
 flags, file and environment. The exit code is 1 if a check fails.`,
 		Args: cli.Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
-				return cli.Usage(fmt.Sprintf("--output %q is neither text nor json", output), "flotilla doctor --help")
+				return cli.Usage(fmt.Sprintf("--output %q is neither text nor json", output), "flotillad doctor --help")
 			}
-			cfg, err := node.Load(&given, cmd.Flags().Changed, os.Environ())
+			cfg, err := nodeconfig.Load(&given, cmd.Flags().Changed, os.Environ())
 			if err != nil {
 				return cli.Usage(err.Error(), cmd.CommandPath()+" --help")
 			}
@@ -89,7 +90,7 @@ flags, file and environment. The exit code is 1 if a check fails.`,
 }
 
 // examine runs all checks.
-func examine(ctx context.Context, cfg node.Config) []finding {
+func examine(ctx context.Context, cfg nodeconfig.Config) []finding {
 	p := &patient{cfg: cfg}
 	var findings []finding
 	if err := p.cfg.Validate(); err != nil {
@@ -99,7 +100,7 @@ func examine(ctx context.Context, cfg node.Config) []finding {
 	} else {
 		findings = append(findings, ok("settings", "node %s on %s, data in %s", p.cfg.Name, p.cfg.Address, p.cfg.Data))
 	}
-	if err := p.cfg.CheckPrivileges(); err != nil {
+	if err := node.CheckPrivileges(&p.cfg); err != nil {
 		findings = append(findings, bad("settings", "", "%v", err))
 	}
 	if st, err := client.Dial(p.cfg.Socket).Status(ctx); err == nil {

@@ -7,7 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"flotilla/internal/node"
+	"flotilla/internal/nodeconfig"
 )
 
 func TestFleetConf(t *testing.T) {
@@ -63,12 +63,12 @@ func TestFleetConfApplied(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := node.Default()
+	c := nodeconfig.Default()
 	f.apply(&c)
 	if err := c.Validate(); err != nil {
 		t.Fatal(err)
 	}
-	want := node.Default()
+	want := nodeconfig.Default()
 	want.Name, want.Socket, want.Data = c.Name, c.Socket, c.Data
 	want.UnitsOnly, want.OnStop, want.LogFormat, want.LogLevel = true, "keep", "text", "debug"
 	want.EtcdEndpoints, want.KeyPrefix, want.Address = []string{"http://127.0.0.1:4001"}, "/fleet/", "127.0.0.9"
@@ -76,9 +76,9 @@ func TestFleetConfApplied(t *testing.T) {
 	if diff := cmp.Diff(want, c); diff != "" {
 		t.Error(diff)
 	}
-	c = node.Default()
+	c = nodeconfig.Default()
 	(&fleetConf{}).apply(&c)
-	if c.KeyPrefix != node.Default().KeyPrefix || c.MachineTTL != node.Default().MachineTTL || !c.Engine || c.OnStop != "drain" || c.RunsStore() {
+	if c.KeyPrefix != nodeconfig.Default().KeyPrefix || c.MachineTTL != nodeconfig.Default().MachineTTL || !c.Engine || c.OnStop != "drain" || c.RunsStore() {
 		t.Errorf("an empty configuration gives %+v", c)
 	}
 }
@@ -88,7 +88,7 @@ func FuzzFleetConf(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text, env string) {
 		c, _, err := parseFleetConf(text, "f", []string{env})
 		if err == nil {
-			n := node.Default()
+			n := nodeconfig.Default()
 			c.apply(&n)
 		}
 	})

@@ -1,4 +1,4 @@
-package node
+package nodeconfig
 
 import (
 	"bytes"
@@ -141,8 +141,16 @@ func Load(given *Config, changed func(option string) bool, environ []string) (Co
 	return c, nil
 }
 
-// variables returns the FLOTILLA_ variables of environ by option. An empty one
-// is as good as none.
+// foreign are variables that are no settings of a node and yet may be there: those
+// that the command line reads, and those that units are given.
+var foreign = []string{
+	"FLOTILLA_CLUSTER", "FLOTILLA_ENDPOINT", "FLOTILLA_TUNNEL", "FLOTILLA_SSH_USERNAME", "FLOTILLA_SSH_TIMEOUT",
+	"FLOTILLA_STRICT_HOST_KEY_CHECKING", "FLOTILLA_KNOWN_HOSTS_FILE", "FLOTILLA_SSH_IDENTITY",
+	"FLOTILLA_UNIT", "FLOTILLA_MACHINE", "FLOTILLA_EPOCH",
+}
+
+// variables returns the settings in environ by option. An empty variable is as good
+// as none.
 func variables(environ []string) (map[string]string, error) {
 	known := map[string]string{}
 	for _, o := range new(Config).Options() {
@@ -156,6 +164,9 @@ func variables(environ []string) (map[string]string, error) {
 			continue
 		}
 		option, ok := known[name]
+		if !ok && slices.Contains(foreign, name) {
+			continue
+		}
 		if !ok {
 			found = append(found, fmt.Errorf("environment: %s is not a setting of this program%s", name, didYouMean(name, known)))
 			continue
@@ -173,6 +184,11 @@ func (c *Config) readFile(path string) error {
 	if err != nil {
 		return fmt.Errorf("read configuration: %w", err)
 	}
+	return c.read(path, raw)
+}
+
+// read reads the text of a yaml file over c; errors call it by its path.
+func (c *Config) read(path string, raw []byte) error {
 	dec := yaml.NewDecoder(bytes.NewReader(raw))
 	var doc yaml.Node
 	if err := dec.Decode(&doc); errors.Is(err, io.EOF) {

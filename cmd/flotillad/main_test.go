@@ -18,15 +18,18 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"flotilla/internal/cli"
 	"flotilla/internal/client"
 	"flotilla/internal/store/storetest"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"flotilla": main, "fleetctl": main, "fleetd": main})
+	flotilla := func() { os.Exit(cli.Run(os.Args, os.Stdout, os.Stderr)) }
+	testscript.Main(m, map[string]func(){"flotilla": flotilla, "fleetctl": flotilla, "flotillad": main, "fleetd": main})
 }
 
-// TestScripts runs testdata/*.txtar: what people type and what they read. In a
+// TestScripts runs testdata/*.txtar with both programs: what people type and what they
+// read. In a
 // script $ADDR is a loopback address of its own, $NODE the configuration file of
 // a node on it with $DATA and $SOCKET, $HTTP_PORT and so on its ports, $ADDR2 to
 // $ADDR4 addresses of further nodes, and $BACKEND the ip:port of a web server.

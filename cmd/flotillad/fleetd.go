@@ -23,6 +23,7 @@ import (
 
 	"flotilla/internal/cli"
 	"flotilla/internal/node"
+	"flotilla/internal/nodeconfig"
 )
 
 // fleetd: the same program under another name is a node that reads fleet's
@@ -178,7 +179,7 @@ func pairs(value string) (map[string]string, error) {
 
 // apply sets what the configuration says in a node's. A node that runs as fleetd
 // runs units and nothing else, and drains when it is stopped, as fleetd did.
-func (f *fleetConf) apply(c *node.Config) {
+func (f *fleetConf) apply(c *nodeconfig.Config) {
 	c.UnitsOnly, c.OnStop, c.LogFormat = true, "drain", "text"
 	c.EtcdEndpoints = f.EtcdServers
 	if len(c.EtcdEndpoints) == 0 {
@@ -227,8 +228,8 @@ func routeAddress() string {
 
 // readFleetConf returns the configuration of a node from fleet's file. A file
 // that was not asked for by name may be missing.
-func readFleetConf(file string, named bool, environ []string) (node.Config, []string, error) {
-	cfg := node.Default()
+func readFleetConf(file string, named bool, environ []string) (nodeconfig.Config, []string, error) {
+	cfg := nodeconfig.Default()
 	raw, err := os.ReadFile(file)
 	if err != nil && (named || !errors.Is(err, fs.ErrNotExist)) {
 		return cfg, nil, err
@@ -316,10 +317,10 @@ func serveFleetd(ctx context.Context, again <-chan os.Signal, file string, named
 }
 
 // fleetdConfig reads the configuration and warns of what is in it.
-func fleetdConfig(file string, named bool, stderr io.Writer) (node.Config, *slog.Logger, error) {
+func fleetdConfig(file string, named bool, stderr io.Writer) (nodeconfig.Config, *slog.Logger, error) {
 	cfg, warnings, err := readFleetConf(file, named, os.Environ())
 	if err == nil {
-		err = cfg.CheckPrivileges()
+		err = node.CheckPrivileges(&cfg)
 	}
 	log := newLogger(stderr, &cfg)
 	for _, w := range warnings {

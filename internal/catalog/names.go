@@ -5,24 +5,14 @@ import (
 	"hash/fnv"
 	"strconv"
 	"strings"
+
+	"flotilla/internal/text"
 )
 
-// shownLength is how many characters of a name or value a person gets to see.
+// shownLength is the longest name of an invalid service that stays as it is.
 const shownLength = 80
 
-// Show makes any string fit for a terminal, a log or a page: printable ASCII, at
-// most 80 characters, quoted as in Go if it was not printable.
-func Show(s string) string {
-	shown := s[:min(len(s), shownLength)]
-	if !printable(shown) {
-		shown = strconv.QuoteToASCII(shown)
-	}
-	if len(s) > shownLength || len(shown) > shownLength {
-		return shown[:min(len(shown), shownLength-3)] + "..."
-	}
-	return shown
-}
-
+// printable reports whether s is printable ASCII.
 func printable(s string) bool {
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] > '~' {
@@ -47,18 +37,11 @@ func safeName(name string, limit int) string {
 	return fmt.Sprintf("%s...%016x", quoted[:shownLength-20], sum.Sum64())
 }
 
-// shellWord quotes s so that it can be pasted into bash or zsh.
+// shellWord quotes s so that it can be pasted into bash or zsh, even if it holds
+// control characters.
 func shellWord(s string) string {
-	plain := s != ""
-	for i := range len(s) {
-		c := s[i]
-		plain = plain && (isAlnum(c) || strings.IndexByte("/_.:-", c) >= 0)
-	}
-	switch {
-	case plain:
-		return s
-	case printable(s):
-		return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+	if printable(s) {
+		return text.ShellQuote(s)
 	}
 	var b strings.Builder
 	b.WriteString("$'")

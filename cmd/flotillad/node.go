@@ -14,10 +14,11 @@ import (
 
 	"flotilla/internal/cli"
 	"flotilla/internal/node"
+	"flotilla/internal/nodeconfig"
 )
 
 func nodeCommand() *cobra.Command {
-	given := node.Default()
+	given := nodeconfig.Default()
 	var units string
 	cmd := &cobra.Command{
 		Use: "node", Short: "Run a node: router, DNS, API and, unless an external etcd is given, the store",
@@ -25,9 +26,9 @@ func nodeCommand() *cobra.Command {
 is there. Each flag can also be written in the --config file, by the same name,
 or in the environment (--http-port as FLOTILLA_HTTP_PORT); flags count most, then
 the environment, then the file.`,
-		Example: `  flotilla node --name n1 --address 10.0.0.11 --insecure
-  flotilla node --name n2 --address 10.0.0.12 --insecure --join 10.0.0.11
-  flotilla node --address 127.0.0.1 --data /tmp/n1 --http-port 8080 --https-port 8443 --dns-port 8053`,
+		Example: `  flotillad node --name n1 --address 10.0.0.11 --insecure
+  flotillad node --name n2 --address 10.0.0.12 --insecure --join 10.0.0.11
+  flotillad node --address 127.0.0.1 --data /tmp/n1 --http-port 8080 --https-port 8443 --dns-port 8053`,
 		Args: cli.Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd, &given)
@@ -37,7 +38,7 @@ the environment, then the file.`,
 			if cmd.Flags().Changed("print-units") {
 				return printUnits(cmd.OutOrStdout(), units, &cfg)
 			}
-			if err := cfg.CheckPrivileges(); err != nil {
+			if err := node.CheckPrivileges(&cfg); err != nil {
 				return cli.Usage(err.Error(), cmd.CommandPath()+" --help")
 			}
 			return node.Run(cmd.Context(), cfg, cli.Version, newLogger(cmd.ErrOrStderr(), &cfg), activation.Files(false)...)
@@ -50,7 +51,7 @@ the environment, then the file.`,
 }
 
 // addOptions adds the options of a node as flags; with names, only those.
-func addOptions(cmd *cobra.Command, c *node.Config, names ...string) {
+func addOptions(cmd *cobra.Command, c *nodeconfig.Config, names ...string) {
 	for _, o := range c.Options() {
 		if len(names) > 0 && !slices.Contains(names, o.Name) {
 			continue
@@ -63,9 +64,8 @@ func addOptions(cmd *cobra.Command, c *node.Config, names ...string) {
 }
 
 // load returns the valid configuration that file, environment and flags make.
-func load(cmd *cobra.Command, given *node.Config) (node.Config, error) {
-	environ := slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "FLOTILLA_CLUSTER=") }) // the client's
-	cfg, err := node.Load(given, cmd.Flags().Changed, environ)
+func load(cmd *cobra.Command, given *nodeconfig.Config) (nodeconfig.Config, error) {
+	cfg, err := nodeconfig.Load(given, cmd.Flags().Changed, os.Environ())
 	if err == nil {
 		err = cfg.Validate()
 	}
@@ -76,7 +76,7 @@ func load(cmd *cobra.Command, given *node.Config) (node.Config, error) {
 }
 
 // newLogger writes text to a terminal and JSON elsewhere unless told otherwise.
-func newLogger(w io.Writer, cfg *node.Config) *slog.Logger {
+func newLogger(w io.Writer, cfg *nodeconfig.Config) *slog.Logger {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
 		level = slog.LevelInfo // Validate has refused it
@@ -90,12 +90,12 @@ func newLogger(w io.Writer, cfg *node.Config) *slog.Logger {
 }
 
 // printUnits writes the systemd units to dir, or to w if dir is "-".
-func printUnits(w io.Writer, dir string, cfg *node.Config) error {
+func printUnits(w io.Writer, dir string, cfg *nodeconfig.Config) error {
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program's own path: %w", err)
 	}
-	units, err := node.Units(cfg, self)
+	units, err := nodeconfig.Units(cfg, self)
 	if err != nil {
 		return err
 	}

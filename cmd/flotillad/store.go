@@ -9,18 +9,19 @@ import (
 
 	"flotilla/internal/cli"
 	"flotilla/internal/node"
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/store"
 )
 
 func storeCommand() *cobra.Command {
-	given := node.Default()
+	given := nodeconfig.Default()
 	cmd := &cobra.Command{
 		Use: "store", Short: "Run the store's member of a node: etcd, in a process of its own",
-		Long: fmt.Sprintf(`Run the store's member of a node. flotilla node starts it by itself, unless
+		Long: fmt.Sprintf(`Run the store's member of a node. flotillad node starts it by itself, unless
 --supervise=false leaves that to systemd. It reads the same --config file.
 
 Exit code %d means that the cluster has all members it needs, %d that this member
-was removed from it; starting it again is useless then.`, node.ExitEnoughVoters, node.ExitRemoved),
+was removed from it; starting it again is useless then.`, nodeconfig.ExitEnoughVoters, nodeconfig.ExitRemoved),
 		Args: cli.Between(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := load(cmd, &given)
@@ -34,12 +35,12 @@ was removed from it; starting it again is useless then.`, node.ExitEnoughVoters,
 				return fmt.Errorf("create the data directory: %w", err)
 			}
 			log := newLogger(cmd.ErrOrStderr(), &cfg)
-			err = store.Serve(cmd.Context(), cfg.StoreConfig(), log, func() {})
+			err = store.Serve(cmd.Context(), node.StoreConfig(&cfg), log, func() {})
 			switch {
 			case errors.Is(err, store.ErrEnoughVoters):
-				return cli.Exit(err, node.ExitEnoughVoters)
+				return cli.Exit(err, nodeconfig.ExitEnoughVoters)
 			case errors.Is(err, store.ErrRemoved):
-				return cli.Exit(err, node.ExitRemoved)
+				return cli.Exit(err, nodeconfig.ExitRemoved)
 			}
 			return err
 		},

@@ -49,7 +49,7 @@ func checkPorts(_ context.Context, p *patient) []finding {
 		}
 		for _, network := range networks {
 			h, taken := node.PortHolder(network, netip.AddrPortFrom(addr, uint16(port.Number)))
-			own := p.running != nil && p.running.Address == p.cfg.Address && slices.Contains([]string{"flotilla", "haproxy", ""}, h.Program)
+			own := p.running != nil && p.running.Address == p.cfg.Address && slices.Contains([]string{"flotillad", "fleetd", "haproxy", ""}, h.Program)
 			switch {
 			case !taken || own:
 				free++

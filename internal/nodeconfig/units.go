@@ -1,4 +1,4 @@
-package node
+package nodeconfig
 
 import (
 	"errors"
@@ -8,6 +8,12 @@ import (
 	"strconv"
 	"strings"
 	"time"
+)
+
+// Exit codes of `flotillad store` that mean that starting it again is useless.
+const (
+	ExitEnoughVoters = 10 // the cluster has its voters: this node is a client only
+	ExitRemoved      = 11 // this member was removed from the cluster
 )
 
 // Unit is one systemd unit file.
@@ -22,7 +28,7 @@ func (u Unit) WriteTo(dir string) error {
 	return nil
 }
 
-// Units returns the systemd units that run this node with the program at self:
+// Units returns the systemd units that run this node with the flotillad at self:
 // store (unless etcd is external), node and HAProxy, each on its own, so that
 // one can fail or be upgraded without the others. The settings are in the
 // configuration file if the node was given one, else in the arguments.
@@ -79,10 +85,14 @@ func (c *Config) arguments(only ...string) string {
 	return args.String()
 }
 
+// LeaveLimit bounds how long a node that drains when it is stopped waits for its
+// units to be elsewhere.
+const LeaveLimit = 80 * time.Second
+
 // stopSeconds is how long stopping the node may take.
 func (c *Config) stopSeconds() int {
 	if c.OnStop == "drain" {
-		return int(leaveLimit/time.Second) + 20
+		return int(LeaveLimit/time.Second) + 20
 	}
 	return 20
 }

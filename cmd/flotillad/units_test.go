@@ -162,7 +162,7 @@ func TestManyUnits(t *testing.T) {
 		var out, errs strings.Builder
 		began := time.Now()
 		line := []string{"flotilla", tc.verb, "--endpoint", server.URL, filepath.Join(dir, "web@{1..500}")}
-		if code := cli.Run(line, &out, &errs, nil); code != cli.ExitDone {
+		if code := cli.Run(line, &out, &errs); code != cli.ExitDone {
 			t.Fatalf("%s: exit code %d; %s", tc.verb, code, errs.String())
 		}
 		// Each poll is one GET, after a pause of at least 20 ms.
