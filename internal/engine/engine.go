@@ -8,19 +8,18 @@ import (
 	"sync"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 )
 
 // Config says what an Engine works with. All of it is required.
 type Config struct {
+	Feed  *state.Feed
 	Store *store.Client
-	Keys  registry.Keys
-	Name  string // of the node, for others to read who leads
 	Log   *slog.Logger
 }
 
-// Engine decides where units run, while it leads.
+// Engine decides where units run, while its node leads.
 type Engine struct {
 	cfg Config
 
@@ -28,7 +27,7 @@ type Engine struct {
 	idle, most time.Duration // without a change before a plan, and after the first one at most
 	check      time.Duration // between two looks at everything
 	firstWait  time.Duration // before a refused step is tried again, doubled each time
-	longest    time.Duration // that writing may keep it from looking at what has changed meanwhile
+	writing    time.Duration // after which the rest of a plan is not written but planned anew
 
 	mu    sync.Mutex
 	stats Stats // guarded by mu
@@ -39,19 +38,20 @@ type Stats struct {
 	Leading    bool
 	Since      time.Time // of Leading; zero if it does not
 	Revision   int64     // of the store, up to which it has planned
-	Units      int       // that it knows
-	Machines   int       // that are there
-	Unplaced   int       // units that should be somewhere and are nowhere
+	Units      int       // names of which there is any record
+	Nodes      int       // that are there and run units
+	Unplaced   int       // units that should be on a node and are on none that is there
 	Placements uint64
-	Releases   uint64
+	Releases   uint64 // units that were told to leave their node
 	Failures   uint64 // steps that could not be written as planned
 	Passes     uint64
 	LastPass   time.Duration // planning alone
 }
 
-// New returns an Engine. It does nothing; Run does.
+// New returns an Engine. It does nothing; Lead does.
 func New(cfg Config) *Engine {
-	return &Engine{cfg: cfg, idle: 3 * time.Millisecond, most: 50 * time.Millisecond, check: time.Minute, firstWait: 100 * time.Millisecond, longest: time.Second}
+	return &Engine{cfg: cfg, idle: 3 * time.Millisecond, most: 50 * time.Millisecond, check: time.Minute,
+		firstWait: 100 * time.Millisecond, writing: time.Second}
 }
 
 // Stats returns the counters. It may be called from any goroutine.
@@ -61,115 +61,104 @@ func (e *Engine) Stats() Stats {
 	return e.stats
 }
 
-// Leading reports whether this Engine leads, as far as it knows.
-func (e *Engine) Leading() bool { return e.Stats().Leading }
-
 func (e *Engine) note(change func(*Stats)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	change(&e.stats)
 }
 
-// Run takes part in the election until ctx ends, and returns nil then. While it
-// leads it plans whatever changes and writes it.
-func (e *Engine) Run(ctx context.Context) error {
-	return e.cfg.Store.Lead(ctx, e.cfg.Keys.EngineElection(), e.cfg.Name, e.cfg.Log, e.lead)
-}
+// errDeposed ends Lead when the store refuses a write because another node leads.
+var errDeposed = errors.New("another node leads")
 
-// errDeposed ends what a leader does that leads no more.
-var errDeposed = errors.New("another engine leads")
-
-// lead is one leadership.
-func (e *Engine) lead(ctx context.Context, leader store.Cond) error {
+// Lead plans whatever changes and writes it, until ctx ends: it is for the node
+// that leads, and leader is the condition that holds as long as it does. The error
+// is nil unless another node leads.
+func (e *Engine) Lead(ctx context.Context, leader store.Cond) error {
 	e.cfg.Log.Info("this node decides where units run")
 	e.note(func(s *Stats) { s.Leading, s.Since = true, time.Now() })
 	defer func() {
 		e.note(func(s *Stats) { s.Leading, s.Since = false, time.Time{} })
 		e.cfg.Log.Info("this node does not decide where units run any more")
 	}()
-	ctx, stop := context.WithCancel(ctx)
-	updates := make(chan store.Update)
-	counts := make(chan int)
-	var following sync.WaitGroup
-	defer following.Wait()
-	defer stop()
-	reflector := store.NewReflector(e.cfg.Store, e.cfg.Keys.Prefix, e.cfg.Keys.Failover(), e.cfg.Log)
-	following.Go(func() {
-		// Run ends with ctx only.
-		_ = reflector.Run(ctx, func(u store.Update) int {
-			select {
-			case updates <- u:
-				return <-counts
-			case <-ctx.Done():
-				return 0
-			}
-		})
-	})
-	l := &leadership{Engine: e, leader: leader, cluster: NewCluster(e.cfg.Keys), follow: reflector.Status,
-		seen: map[string]int64{}, failed: map[string]failure{}, said: map[string]string{}}
-	return l.run(ctx, updates, counts)
+	defer e.cfg.Feed.FollowReports()()
+	s, err := e.cfg.Feed.Until(ctx, func(s *state.Snapshot) bool { return s.Reports })
+	if err != nil {
+		return nil // ctx has ended
+	}
+	return e.newLeadership(leader, s).run(ctx)
 }
 
-// leadership is what lead knows; only its goroutine touches it.
+// leadership is what the Engine knows while its node leads; only the goroutine of
+// Lead touches it.
 type leadership struct {
 	*Engine
-	leader  store.Cond
-	cluster *Cluster
-	follow  func() store.Status
-	seen    map[string]int64 // revision of the last change of each record
-	ready   bool             // the first list has come
-	until   int64            // revision that has to be seen before the next plan: that of what was written
-	failed  map[string]failure
-	said    map[string]string // problems that were logged
+	leader store.Cond
+	memory Memory
+	seen   *state.Snapshot // the newest one that was looked at
+	wrote  int64           // revision of the last write: the next plan must not be without it
+	failed map[string]failure
+	said   map[string]string // problems of records that were logged, by key
 
 	changed, last time.Time // the first and the last change that is not planned; zero: none
-	next          time.Time // when Plan wants to be called
+	next          time.Time // when to plan even if nothing changes; zero: not at all
+}
+
+func (e *Engine) newLeadership(leader store.Cond, s *state.Snapshot) *leadership {
+	return &leadership{Engine: e, leader: leader, seen: s, next: time.Now(), memory: Memory{}.Saw(s),
+		failed: map[string]failure{}, said: map[string]string{}}
 }
 
 // failure is a unit whose last step was refused.
 type failure struct {
 	times int
-	again time.Time // when it may be planned
+	again time.Time // when its step may be written
 }
 
-func (l *leadership) run(ctx context.Context, updates <-chan store.Update, counts chan<- int) error {
-	timer := time.NewTimer(time.Hour)
+func (l *leadership) run(ctx context.Context) error {
+	timer := time.NewTimer(0)
 	defer timer.Stop()
 	check := time.NewTicker(l.check)
 	defer check.Stop()
+	l.complain()
 	for {
+		s, replaced := l.cfg.Feed.Next()
+		l.look(s)
+		if at := l.due(); at.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(at))
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case u := <-updates:
-			counts <- l.take(u)
-			l.last = time.Now()
-			if l.changed.IsZero() {
-				l.changed = l.last
-			}
+		case <-replaced:
 		case <-check.C:
-			l.cluster.RetryAll()
+			l.complain()
 			l.next = time.Now()
 		case <-timer.C:
-			if wait, ok := l.due(); ok && wait <= 0 && l.sawAll() {
-				if err := l.pass(ctx); err != nil {
-					return err
-				}
+			if err := l.pass(ctx); err != nil {
+				return err
 			}
-		}
-		timer.Stop()
-		if wait, ok := l.due(); ok {
-			if !l.sawAll() {
-				wait = max(wait, l.idle)
-			}
-			timer.Reset(max(0, wait))
 		}
 	}
 }
 
-// due returns how long it is until there is something to plan, and false if
-// there is nothing at all.
-func (l *leadership) due() (wait time.Duration, ok bool) {
+// look takes in a snapshot, and notes if there is anything in it to plan.
+func (l *leadership) look(s *state.Snapshot) {
+	if s == l.seen {
+		return
+	}
+	if matters(l.seen, s) {
+		l.last = time.Now()
+		if l.changed.IsZero() {
+			l.changed = l.last
+		}
+	}
+	l.memory, l.seen = l.memory.Saw(s), s
+}
+
+// due returns when to plan, the zero time if there is nothing to plan.
+func (l *leadership) due() time.Time {
 	at := l.next
 	sooner := func(t time.Time) {
 		if at.IsZero() || t.Before(at) {
@@ -183,110 +172,60 @@ func (l *leadership) due() (wait time.Duration, ok bool) {
 		sooner(l.last.Add(l.idle))
 		sooner(l.changed.Add(l.most))
 	}
-	if at.IsZero() || !l.ready {
-		return 0, false
-	}
-	return time.Until(at), true
+	return at
 }
 
-// sawAll reports whether the cluster knows what was written last. A write that
-// changed nothing is never heard of: then the reflector's own checks tell.
-func (l *leadership) sawAll() bool {
-	if l.cluster.Revision() < l.until {
-		l.cluster.Advance(max(l.cluster.Revision(), l.follow().Revision))
-	}
-	return l.cluster.Revision() >= l.until
-}
-
-// take feeds an update to the cluster, and returns how many records it changed.
-func (l *leadership) take(u store.Update) (changed int) {
-	set := func(kv store.KV) {
-		if l.seen[kv.Key] != kv.ModRevision {
-			l.seen[kv.Key] = kv.ModRevision
-			l.cluster.Set(kv)
-			changed++
-		}
-	}
-	del := func(key string) {
-		if _, had := l.seen[key]; had {
-			delete(l.seen, key)
-			l.cluster.Delete(key)
-			changed++
-		}
-	}
-	if u.Reset {
-		has := make(map[string]struct{}, len(u.Items))
-		for _, kv := range u.Items {
-			has[kv.Key] = struct{}{}
-			set(kv)
-		}
-		for key := range l.seen {
-			if _, ok := has[key]; !ok {
-				del(key)
-			}
-		}
-		l.ready = true
-	}
-	for _, e := range u.Events {
-		if e.Deleted {
-			del(e.Key)
-		} else {
-			set(e.KV)
-		}
-	}
-	if u.Revision < l.until && u.Reset {
-		l.until = 0 // another store: what was written is not in it
-	}
-	l.cluster.Advance(u.Revision)
-	return changed
-}
-
-// pass plans and writes once.
+// pass plans and writes once. It waits until what was written before is in the
+// snapshot, or what was placed then would be placed again.
 func (l *leadership) pass(ctx context.Context) error {
+	s, err := l.cfg.Feed.At(ctx, l.wrote)
+	if err != nil {
+		return nil // ctx has ended
+	}
+	l.look(s)
 	began := time.Now()
-	retried := map[string]bool{}
-	for name, f := range l.failed {
-		if !began.Before(f.again) {
-			retried[name] = true
-			l.cluster.Retry(name)
-		}
-	}
-	l.changed = time.Time{}
-	var steps []Step
-	steps, l.next = l.cluster.Plan(began)
-	l.complain()
+	plan := Plan(Input{Snapshot: s, Now: began, Memory: l.memory})
 	took := time.Since(began)
-	units, machines, unplaced := l.cluster.Counts()
-	l.note(func(s *Stats) {
-		s.Passes++
-		s.LastPass, s.Revision = took, l.cluster.Revision()
-		s.Units, s.Machines, s.Unplaced = units, machines, unplaced
+	l.memory, l.next, l.changed = plan.Memory, plan.Next, time.Time{}
+	l.note(func(st *Stats) {
+		st.Passes++
+		st.LastPass, st.Revision = took, s.Revision
+		st.Units, st.Nodes, st.Unplaced = plan.Units, plan.Nodes, plan.Unplaced
 	})
-	// A unit whose last step was refused has to wait for its turn, even if
-	// something about it changes: a step that is refused for ever must not
-	// keep the engine busy.
-	var due []Step
-	for _, s := range steps {
-		if _, failed := l.failed[s.Unit]; !failed || retried[s.Unit] {
-			due = append(due, s)
-			delete(retried, s.Unit)
-		}
-	}
-	for name := range retried { // nothing is to be done for them any more
-		delete(l.failed, name)
-	}
-	return l.write(ctx, due)
+	return l.write(ctx, l.mayWrite(plan.Steps, began), max(l.writing, 2*took))
 }
 
-func (l *leadership) write(ctx context.Context, steps []Step) error {
+// mayWrite returns the steps without those of units whose last step was refused
+// and whose time has not come: a step that is refused for ever must not keep the
+// engine busy. It forgets failures of units for which nothing is to be done now.
+func (l *leadership) mayWrite(steps []Step, now time.Time) []Step {
+	if len(l.failed) == 0 {
+		return steps
+	}
+	var may []Step
+	planned := map[string]bool{}
+	for _, s := range steps {
+		f, failed := l.failed[s.Unit]
+		planned[s.Unit] = failed
+		if !failed || !now.Before(f.again) {
+			may = append(may, s)
+		}
+	}
+	for name, f := range l.failed {
+		if !planned[name] && !now.Before(f.again) {
+			delete(l.failed, name)
+		}
+	}
+	return may
+}
+
+// write writes steps for no longer than limit, and has the rest planned anew.
+func (l *leadership) write(ctx context.Context, steps []Step, limit time.Duration) error {
 	began := time.Now()
-	for _, b := range pack(l.cfg.Keys, steps) {
-		if time.Since(began) > l.longest { // what was written brings the next plan
-			for _, s := range b.steps {
-				l.cluster.Retry(s.Unit)
-			}
+	for b := range batches(l.cfg.Feed.Keys, steps) {
+		if time.Since(began) > limit {
 			l.next = began
-			continue
+			return nil
 		}
 		if err := l.commit(ctx, b); err != nil {
 			return err
@@ -300,7 +239,7 @@ func (l *leadership) commit(ctx context.Context, b batch) error {
 	revision, err := l.cfg.Store.Apply(ctx, b.ops, append(b.conds, l.leader)...)
 	switch {
 	case err == nil:
-		l.until = max(l.until, revision)
+		l.wrote = max(l.wrote, revision)
 		for _, s := range b.steps {
 			delete(l.failed, s.Unit)
 			l.report(s)
@@ -308,26 +247,34 @@ func (l *leadership) commit(ctx context.Context, b batch) error {
 		return nil
 	case ctx.Err() != nil:
 		return nil
-	case errors.Is(err, store.ErrConflict) && len(b.steps) > 1:
+	case errors.Is(err, store.ErrConflict):
 		if _, err := l.cfg.Store.Apply(ctx, nil, l.leader); errors.Is(err, store.ErrConflict) {
 			return errDeposed
 		}
-		for _, half := range [][]Step{b.steps[:len(b.steps)/2], b.steps[len(b.steps)/2:]} {
-			for _, part := range pack(l.cfg.Keys, half) {
-				if err := l.commit(ctx, part); err != nil {
-					return err
+		if half := len(b.steps) / 2; half > 0 {
+			for _, part := range [][]Step{b.steps[:half], b.steps[half:]} {
+				for smaller := range batches(l.cfg.Feed.Keys, part) {
+					if err := l.commit(ctx, smaller); err != nil {
+						return err
+					}
 				}
 			}
+			return nil
 		}
-		return nil
+		l.wrote = max(l.wrote, revision) // the next plan sees what was in the way
 	case errors.Is(err, store.ErrUnknown):
-		// What was placed takes room on its machine: nothing is planned before
-		// it is known. If it cannot be read now, the failures wait longer than
-		// the store does.
-		if _, revision, err := l.cfg.Store.List(ctx, l.cfg.Keys.Failover()); err == nil {
-			l.until = max(l.until, revision)
+		// If it was written it must be in the next snapshot. If the store cannot be
+		// asked, the failures below wait for longer than it needs to decide.
+		if revision, err := l.cfg.Store.Revision(ctx, l.cfg.Feed.Keys.Leader()); err == nil {
+			l.wrote = max(l.wrote, revision)
 		}
 	}
+	l.fail(b, err)
+	return nil
+}
+
+// fail notes that the steps of a batch were not written, or that it is unknown.
+func (l *leadership) fail(b batch, err error) {
 	l.note(func(s *Stats) { s.Failures += uint64(len(b.steps)) })
 	for _, s := range b.steps {
 		f := l.failed[s.Unit]
@@ -335,15 +282,14 @@ func (l *leadership) commit(ctx context.Context, b batch) error {
 		f.again = time.Now().Add(min(l.firstWait<<min(f.times-1, 10), 10*time.Second))
 		l.failed[s.Unit] = f
 		if f.times == 5 {
-			l.cfg.Log.Warn("a decision cannot be written: trying on", "unit", s.Unit, "machine", s.Machine, "step", s.Do, "err", err)
+			l.cfg.Log.Warn("a decision cannot be written: it is tried again", "unit", s.Unit, "node", s.Node, "step", s.Do, "err", err)
 		}
 	}
-	return nil
 }
 
 // report logs what an operator would ask about.
 func (l *leadership) report(s Step) {
-	log := l.cfg.Log.With("unit", s.Unit, "machine", s.Machine, "reason", s.Reason)
+	log := l.cfg.Log.With("unit", s.Unit, "node", s.Node, "reason", s.Reason)
 	switch s.Do {
 	case Place:
 		l.note(func(st *Stats) { st.Placements++ })
@@ -351,32 +297,28 @@ func (l *leadership) report(s Step) {
 			log = log.With("from", s.From)
 		}
 		log.Info("unit placed")
-	case Release:
+	case Leave:
 		l.note(func(st *Stats) { st.Releases++ })
-		log.Info("unit is to leave its machine")
+		log.Info("unit is to leave its node")
 	case Refresh:
 		log.Info("unit placed again where it was")
 	case Forget:
-		log.Info("unit forgotten with the machine")
-	case Explain:
-		l.cfg.Log.Info("no machine takes the unit", "unit", s.Unit, "reason", s.Reason)
+		log.Info("unit forgotten with its node")
+	case Unplaced:
+		l.cfg.Log.Info("no node takes the unit", "unit", s.Unit, "reason", s.Reason)
 	case EndMove:
 		log.Info("move ended")
-	case Clean:
-		log.Warn("entry without placement deleted")
-	case PutGlobal, EndGlobal:
-		l.cfg.Log.Info("global unit changed", "unit", s.Unit, "reason", s.Reason)
 	case Hold:
-		l.cfg.Log.Warn("units of machines that are gone are held", "machines", strings.Join(s.Failover.Held, ","), "reason", s.Reason,
+		l.cfg.Log.Warn("units of nodes that are gone are held", "nodes", strings.Join(s.Failover.Held, ","), "reason", s.Reason,
 			"until", time.Unix(s.Failover.Until, 0))
 	case Allow, EndHold:
-		l.cfg.Log.Info("units of machines that are gone are not held", "reason", s.Reason)
+		l.cfg.Log.Info("units of nodes that are gone are not held", "reason", s.Reason)
 	}
 }
 
 // complain logs records that cannot be used, each once.
 func (l *leadership) complain() {
-	problems := l.cluster.Problems()
+	problems := l.cfg.Feed.Latest().Problems(l.cfg.Feed.Keys)
 	for key, problem := range problems {
 		if l.said[key] != problem {
 			l.cfg.Log.Warn("a record cannot be used", "key", key, "err", problem)

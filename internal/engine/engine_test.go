@@ -7,12 +7,14 @@ import (
 	"io"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/unit"
 )
 
 const patience = 60 * time.Second
@@ -29,7 +31,7 @@ func open(t *testing.T, endpoint string) *store.Client {
 
 func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
 
-// rig is a store with machines and units in it, and what tests ask of it.
+// rig is a store with nodes and units in it, and what tests ask of it.
 type rig struct {
 	t *testing.T
 	c *store.Client
@@ -47,18 +49,18 @@ func (r *rig) apply(ops ...store.Op) {
 	}
 }
 
-func (r *rig) machine(id string) {
+func (r *rig) node(id string) {
 	r.t.Helper()
-	r.apply(store.Put(keys.Machine(id), registry.Encode(registry.Machine{V: 1, ID: id, Node: id, Units: true})))
+	r.apply(store.Put(keys.Node(id), state.Encode(state.NodeRecord{V: 1, ID: id, Name: id, Units: true})))
 }
 
-func (r *rig) units(names []string, desired registry.Desired, options ...string) {
+func (r *rig) units(names []string, desired unit.Desired, options ...string) {
 	r.t.Helper()
 	text := "[Service]\nExecStart=/bin/true\n[X-Fleet]\n" + strings.Join(options, "\n") + "\n"
 	for len(names) > 0 {
 		var ops []store.Op
 		for _, name := range names[:min(100, len(names))] {
-			ops = append(ops, store.Put(keys.Unit(name), registry.Encode(registry.Unit{V: 1, Text: text, Desired: desired})))
+			ops = append(ops, store.Put(keys.Unit(name), state.Encode(state.UnitRecord{V: 1, Text: text, Desired: desired})))
 		}
 		r.apply(ops...)
 		names = names[len(ops):]
@@ -78,7 +80,7 @@ func (r *rig) list(prefix string) map[string]store.KV {
 	return found
 }
 
-// at returns the machine of a unit, "" if it is nowhere.
+// at returns the node of a unit, "" if it is nowhere.
 func (r *rig) at(name string) string {
 	r.t.Helper()
 	kv, ok, err := r.c.Get(r.t.Context(), keys.Placement(name))
@@ -88,7 +90,7 @@ func (r *rig) at(name string) string {
 	if !ok {
 		return ""
 	}
-	return must[registry.Placement](kv).Machine
+	return must[state.Placement](kv).Node
 }
 
 func (r *rig) wait(what string, ok func() bool) {
@@ -96,21 +98,35 @@ func (r *rig) wait(what string, ok func() bool) {
 	storetest.Wait(r.t, patience, what, ok)
 }
 
-// engine runs an Engine until the test ends or stop is called, which waits.
-func (r *rig) engine(c *store.Client, name string) (e *Engine, stop func()) {
-	e = New(Config{Store: c, Keys: keys, Name: name, Log: quiet()})
+// feed returns a Feed that follows the store until the test ends.
+func (r *rig) feed(c *store.Client) *state.Feed {
+	f := state.NewFeed(c, keys, quiet())
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- e.Run(ctx) }()
-	stop = func() {
+	go func() { done <- f.Run(ctx) }()
+	r.t.Cleanup(func() { cancel(); <-done })
+	return f
+}
+
+// engine runs a node that stands for election and has its Engine lead, until the
+// test ends or stop is called, which waits.
+func (r *rig) engine(c *store.Client, name string) (e *Engine, stop func()) {
+	f := r.feed(c)
+	e = New(Config{Feed: f, Store: c, Log: quiet()})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- f.Lead(ctx, name, name, e.Lead) }()
+	stop = sync.OnceFunc(func() {
 		cancel()
-		if err, open := <-done; open && err != nil {
+		if err := <-done; err != nil {
 			r.t.Errorf("engine %s: %v", name, err)
 		}
-	}
-	r.t.Cleanup(func() { cancel() })
+	})
+	r.t.Cleanup(stop)
 	return e, stop
 }
+
+func (e *Engine) leading() bool { return e.Stats().Leading }
 
 func many(n int) []string {
 	var names []string
@@ -122,60 +138,74 @@ func many(n int) []string {
 
 func TestEngineFollowsTheStore(t *testing.T) {
 	r, _ := newRig(t)
-	r.machine("m1")
-	r.machine("m2")
+	r.node("m1")
+	r.node("m2")
 	e, stop := r.engine(r.c, "n1")
 	defer stop()
-	r.wait("leading", e.Leading)
-	r.units([]string{"a.service", "b.service"}, registry.Launched)
-	r.units([]string{"pin.service"}, registry.Launched, "MachineID=m1")
-	r.units([]string{"g.service"}, registry.Loaded, "Global=yes")
-	r.units([]string{"ssd.service"}, registry.Launched, "MachineMetadata=disk=ssd")
-	r.wait("three placements, a global unit and one that is nowhere", func() bool {
-		return len(r.list("placements/")) == 3 && len(r.list("schedules/global/")) == 1 && len(r.list("unplaced/")) == 1
+	r.wait("leading", e.leading)
+	r.units([]string{"a.service", "b.service"}, unit.Launched)
+	r.units([]string{"pin.service"}, unit.Launched, "MachineID=m1")
+	r.units([]string{"g.service"}, unit.Loaded, "Global=yes")
+	r.units([]string{"ssd.service"}, unit.Launched, "MachineMetadata=disk=ssd")
+	r.wait("three placements and a unit that is nowhere", func() bool {
+		return len(r.list("cluster/placements/")) == 3 && len(r.list("cluster/unplaced/")) == 1
 	})
 
-	// A machine dies: another takes its units, but for the one that only it can
+	// A node dies: another one takes its units, but for the one that only it can
 	// run, which it still has when it is back.
-	r.apply(store.Delete(keys.Machine("m1")))
+	r.apply(store.Delete(keys.Node("m1")))
 	r.wait("m2 having all it can have", func() bool {
-		return r.at("a.service") == "m2" && r.at("b.service") == "m2" && r.at("pin.service") == "m1" && len(r.list("schedules/m1/")) == 1
+		return r.at("a.service") == "m2" && r.at("b.service") == "m2" && r.at("pin.service") == "m1"
 	})
-	old := must[registry.Placement](r.list("placements/")["pin.service"])
-	r.machine("m1")
+	pin := func() state.Placement { return must[state.Placement](r.list("cluster/placements/")["pin.service"]) }
+	old := pin()
+	r.node("m1")
 	r.wait("the new generation", func() bool {
-		p := must[registry.Placement](r.list("placements/")["pin.service"])
-		entry := must[registry.Entry](r.list("schedules/m1/")["pin.service"])
-		return p.Generation == r.list("machines/")["m1"].CreateRevision && p.Epoch > old.Epoch && entry.Epoch == p.Epoch && entry.Generation == p.Generation
+		return pin().Generation == r.list("cluster/nodes/")["m1"].CreateRevision && pin().Epoch > old.Epoch
 	})
 
-	// A release waits for the agent, and is taken back when it need not be.
-	r.units([]string{"pin.service"}, registry.Inactive, "MachineID=m1")
-	releasing := func() bool { return must[registry.Entry](r.list("schedules/m1/")["pin.service"]).Release != "" }
-	r.wait("the release", releasing)
-	r.units([]string{"pin.service"}, registry.Launched, "MachineID=m1")
-	r.wait("the release taken back", func() bool { return !releasing() })
-	r.units([]string{"pin.service"}, registry.Inactive, "MachineID=m1")
-	r.wait("the release again", releasing)
-	r.apply(store.Delete(keys.Placement("pin.service")), store.Delete(keys.Entry("m1", "pin.service")))
-	r.wait("three units known to be somewhere or not", func() bool {
+	// A new file is approved with the placement as it is; one that does not fit
+	// makes the unit leave, until it fits again.
+	old = pin()
+	r.units([]string{"pin.service"}, unit.Launched, "MachineID=m1", "Exclusive=yes")
+	r.wait("the new file approved", func() bool { return pin().Approved != old.Approved && pin().Epoch == old.Epoch })
+	r.units([]string{"pin.service"}, unit.Launched, "MachineID=m2")
+	r.wait("the reason to leave", func() bool { return pin().Leave != "" })
+	r.units([]string{"pin.service"}, unit.Launched, "MachineID=m1")
+	r.wait("that taken back", func() bool { return pin().Leave == "" && pin().Approved == old.Approved })
+	r.units([]string{"pin.service"}, unit.Launched, "MachineID=m2")
+	r.wait("the reason again", func() bool { return pin().Leave != "" })
+	r.apply(store.Delete(keys.Placement("pin.service")))
+	r.wait("the other node", func() bool { return r.at("pin.service") == "m2" })
+	r.wait("all units known to be somewhere or not", func() bool {
 		s := e.Stats()
-		return s.Placements >= 4 && s.Releases == 2 && s.Units == 5 && s.Machines == 2 && s.Unplaced == 1
+		return s.Placements >= 5 && s.Releases == 2 && s.Units == 5 && s.Nodes == 2 && s.Unplaced == 1
+	})
+
+	// One that is in trouble is tried elsewhere.
+	b := must[state.Placement](r.list("cluster/placements/")["b.service"])
+	r.apply(store.Put(keys.UnitsReport("m2"), state.Encode(state.UnitsReport{V: 1, Units: map[string]state.UnitState{"b.service": {Epoch: b.Epoch, Trouble: "bad setting"}}})))
+	r.wait("b leaving", func() bool {
+		return must[state.Placement](r.list("cluster/placements/")["b.service"]).Leave == "it is in trouble there: bad setting"
 	})
 }
 
-// Nothing is planned, and little is done, when nothing changes; keys that are
-// nobody's business do not keep the engine waiting.
+// Nothing is planned when nothing changes, and little is done when what changes
+// is no business of the plan: other keys, and what nodes report all the time.
 func TestEngineIsQuiet(t *testing.T) {
 	r, _ := newRig(t)
-	r.machine("m1")
+	r.node("m1")
 	e, stop := r.engine(r.c, "n1")
 	defer stop()
-	r.units(many(5), registry.Launched)
-	r.wait("placements", func() bool { return len(r.list("placements/")) == 5 })
+	r.units(many(5), unit.Launched)
+	r.wait("placements", func() bool { return len(r.list("cluster/placements/")) == 5 })
 	r.apply(store.Put("/services/x/hosts/1", "1.2.3.4:5"))
-	r.units([]string{"more.service"}, registry.Launched)
-	r.wait("one more", func() bool { return len(r.list("placements/")) == 6 })
+	for i := range 100 {
+		r.apply(store.Put(keys.RouterReport("m1"), state.Encode(state.RouterReport{V: 1, Applied: int64(i)})))
+		r.apply(store.Put(keys.UnitsReport("m1"), state.Encode(state.UnitsReport{V: 1, Units: map[string]state.UnitState{"u001.service": {Restarts: int64(i)}}})))
+	}
+	r.units([]string{"more.service"}, unit.Launched)
+	r.wait("one more", func() bool { return len(r.list("cluster/placements/")) == 6 })
 	if passes := e.Stats().Passes; passes > 20 {
 		t.Errorf("%d passes for six units", passes)
 	}
@@ -184,21 +214,49 @@ func TestEngineIsQuiet(t *testing.T) {
 	}
 }
 
-// checkOnce fails if a unit was placed twice, or is in two schedules.
+// 500 units that are started at once are placed with few writes, and the first of
+// them at once.
+func TestManyStarts(t *testing.T) {
+	r, _ := newRig(t)
+	for i := range 3 {
+		r.node(fmt.Sprintf("m%d", i))
+	}
+	e, stop := r.engine(r.c, "n1")
+	defer stop()
+	r.wait("leading", e.leading)
+	revision := func() int64 {
+		revision, err := r.c.Revision(t.Context(), keys.Leader())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return revision
+	}
+	began, before := time.Now(), revision()
+	r.units(many(1), unit.Launched)
+	r.wait("the first one", func() bool { return r.at("u000.service") != "" })
+	t.Logf("the first unit was placed after %v", time.Since(began))
+	r.units(many(500)[1:], unit.Launched)
+	r.wait("all", func() bool { return len(r.list("cluster/placements/")) == 500 })
+	if writes := revision() - before; writes > 60 {
+		t.Errorf("500 units took %d writes", writes)
+	}
+	r.checkOnce(many(500))
+}
+
+// checkOnce fails if a unit was placed twice, or not by its present file.
 func (r *rig) checkOnce(names []string) {
 	r.t.Helper()
-	placements := r.list("placements/")
-	entries := r.list("schedules/")
-	if len(placements) != len(names) || len(entries) != len(names) {
-		r.t.Errorf("%d placements and %d entries for %d units", len(placements), len(entries), len(names))
+	placements := r.list("cluster/placements/")
+	units := r.list("cluster/units/")
+	if len(placements) != len(names) {
+		r.t.Errorf("%d placements for %d units", len(placements), len(names))
 	}
 	for name, kv := range placements {
 		if kv.CreateRevision != kv.ModRevision {
 			r.t.Errorf("%s was placed again", name)
 		}
-		p := must[registry.Placement](kv)
-		if entry, ok := entries[p.Machine+"/"+name]; !ok || entry.ModRevision != kv.ModRevision {
-			r.t.Errorf("%s has no entry of the same revision on %s", name, p.Machine)
+		if p := must[state.Placement](kv); p.Approved != hashOf(must[state.UnitRecord](units[name]).Text) {
+			r.t.Errorf("%s is placed for another file: %+v", name, p)
 		}
 	}
 }
@@ -208,12 +266,12 @@ func (r *rig) checkOnce(names []string) {
 func TestLeaderDiesInTheMiddle(t *testing.T) {
 	r, endpoint := newRig(t)
 	for i := range 5 {
-		r.machine(fmt.Sprintf("m%d", i))
+		r.node(fmt.Sprintf("m%d", i))
 	}
 	proxy := storetest.NewProxy(t, endpoint)
 	first, stopFirst := r.engine(open(t, proxy.Endpoint()), "n1")
 	defer stopFirst()
-	r.wait("the first leader", first.Leading)
+	r.wait("the first leader", first.leading)
 	second, stopSecond := r.engine(open(t, endpoint), "n2")
 	defer stopSecond()
 	cut := make(chan struct{})
@@ -222,10 +280,10 @@ func TestLeaderDiesInTheMiddle(t *testing.T) {
 		close(cut)
 	})
 	names := many(300)
-	r.units(names, registry.Launched)
+	r.units(names, unit.Launched)
 	<-cut
-	r.wait("the second leader", second.Leading)
-	r.wait("all placed", func() bool { return len(r.list("placements/")) == len(names) })
+	r.wait("the second leader", second.leading)
+	r.wait("all placed", func() bool { return len(r.list("cluster/placements/")) == len(names) })
 	r.checkOnce(names)
 	proxy.Mend()
 	if p := second.Stats().Placements; p == 0 {
@@ -233,56 +291,54 @@ func TestLeaderDiesInTheMiddle(t *testing.T) {
 	}
 }
 
-// Two engines that both believe to lead: the one that does not can write
+// Two engines that both believe that they lead: the one that does not can write
 // nothing, and what both plan is done once.
 func TestTwoLeaders(t *testing.T) {
 	r, _ := newRig(t)
 	for i := range 3 {
-		r.machine(fmt.Sprintf("m%d", i))
+		r.node(fmt.Sprintf("m%d", i))
 	}
 	names := many(90)
-	r.units(names, registry.Launched)
+	r.units(names, unit.Launched)
 	ctx := t.Context()
-	revision, err := r.c.Apply(ctx, []store.Op{store.Put(keys.EngineElection()+"1", "n1")})
+	revision, err := r.c.Apply(ctx, []store.Op{store.Put(keys.Leader(), state.Encode(state.Leader{V: 1, Node: "n1"}))})
 	if err != nil {
 		t.Fatal(err)
 	}
-	leader := func() *leadership {
-		all, revision, err := r.c.List(ctx, keys.Prefix)
+	f := r.feed(r.c)
+	leader := func(created int64) *leadership {
+		s, err := f.Full(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
-		e := New(Config{Store: r.c, Keys: keys, Log: quiet()})
-		e.longest = time.Hour
-		return &leadership{Engine: e, cluster: Load(keys, all, revision), failed: map[string]failure{}, said: map[string]string{}}
+		e := New(Config{Feed: f, Store: r.c, Log: quiet()})
+		e.writing = time.Hour
+		return e.newLeadership(store.CreatedAt(keys.Leader(), created), s)
 	}
-	a, b, deposed := leader(), leader(), leader()
-	a.leader = store.CreatedAt(keys.EngineElection()+"1", revision)
-	b.leader, deposed.leader = a.leader, store.CreatedAt(keys.EngineElection()+"0", revision-1)
+	b, deposed := leader(revision), leader(revision-1)
 
 	if err := deposed.pass(ctx); !errors.Is(err, errDeposed) {
 		t.Errorf("a deposed leader: %v, want %v", err, errDeposed)
 	}
-	if n := len(r.list("placements/")); n != 0 {
+	if n := len(r.list("cluster/placements/")); n != 0 {
 		t.Fatalf("a deposed leader has placed %d units", n)
 	}
 	// One step of a batch is refused: the others are done.
-	steps, _ := b.cluster.Plan(time.Now())
-	odd := leader()
-	odd.leader = a.leader
-	r.apply(store.Put(keys.Placement("u007.service"), registry.Encode(registry.Placement{V: 1, Machine: "m0", Reason: "by hand"})))
-	if err := odd.pass(ctx); err != nil {
+	steps := Plan(Input{Snapshot: b.seen, Now: time.Now()}).Steps
+	odd := leader(revision)
+	r.apply(store.Put(keys.Placement("u007.service"), state.Encode(state.Placement{V: 1, Node: "m0", Reason: "by hand"})))
+	if err := odd.write(ctx, steps, time.Hour); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(r.list("placements/")); n != len(names) || odd.stats.Failures != 1 || odd.failed["u007.service"].times != 1 {
+	if n := len(r.list("cluster/placements/")); n != len(names) || odd.stats.Failures != 1 || odd.failed["u007.service"].times != 1 {
 		t.Errorf("%d placements, %d failures, %v, want %d and 1 of u007", n, odd.stats.Failures, odd.failed, len(names))
 	}
 	// The other leader has planned the same and is refused everything.
-	before := r.list("placements/")
-	if err := b.write(ctx, steps); err != nil {
+	before := r.list("cluster/placements/")
+	if err := b.write(ctx, steps, time.Hour); err != nil {
 		t.Fatal(err)
 	}
-	for name, kv := range r.list("placements/") {
+	for name, kv := range r.list("cluster/placements/") {
 		if before[name].ModRevision != kv.ModRevision {
 			t.Errorf("%s was placed twice", name)
 		}
@@ -293,22 +349,51 @@ func TestTwoLeaders(t *testing.T) {
 }
 
 // Batches keep the limits of the store.
-func TestPack(t *testing.T) {
+func TestBatches(t *testing.T) {
 	w := newWorld()
 	for i := range 100 {
-		w.machine(fmt.Sprintf("m%03d", i), nil)
-		w.unit(fmt.Sprintf("u%d.service", i), registry.Launched, "MachineID="+fmt.Sprintf("m%03d", i))
+		w.node(fmt.Sprintf("m%03d", i), nil)
+		w.unit(fmt.Sprintf("u%d.service", i), unit.Launched, "MachineID="+fmt.Sprintf("m%03d", i))
 	}
-	w.unit("large.service", registry.Launched, "# "+strings.Repeat("x", maxBytes))
-	steps := w.plan()
-	count := 0
-	for _, b := range pack(keys, steps) {
+	w.unit("large.service", unit.Launched)
+	w.put(keys.Move("large.service"), state.Encode(state.Move{V: 1, To: "m000", Reason: strings.Repeat("x", maxBytes)}))
+	count, most := 0, 0
+	for b := range batches(keys, w.plan()) {
 		count += len(b.steps)
-		if len(b.steps) > maxUnits || len(b.ops) > store.MaxOps || len(b.conds) >= store.MaxOps || b.size > maxBytes && len(b.steps) > 1 {
+		most = max(most, len(b.steps))
+		if len(b.ops) > store.MaxOps || len(b.conds) >= store.MaxOps || b.size > maxBytes && len(b.steps) > 1 {
 			t.Errorf("batch of %d steps, %d operations, %d conditions, %d bytes", len(b.steps), len(b.ops), len(b.conds), b.size)
 		}
 	}
-	if count != 101 {
-		t.Errorf("%d steps are in batches, want 101", count)
+	if count != 101 || most < 60 {
+		t.Errorf("%d steps are in batches of up to %d, want 101 and 60 or more", count, most)
+	}
+}
+
+// A step that is refused for ever is written less and less often, and keeps
+// nothing else from being written.
+func TestRefusedSteps(t *testing.T) {
+	l := New(Config{Log: quiet()}).newLeadership(store.Cond{}, &state.Snapshot{})
+	step := Step{Do: Place, Unit: "a.service"}
+	other := Step{Do: Place, Unit: "b.service"}
+	for range 3 {
+		l.fail(batch{steps: []Step{step}}, store.ErrConflict)
+	}
+	wait := time.Until(l.failed["a.service"].again)
+	if wait < 300*time.Millisecond || wait > 400*time.Millisecond {
+		t.Errorf("after the third time it waits %v", wait)
+	}
+	if got := l.mayWrite([]Step{step, other}, time.Now()); len(got) != 1 || got[0].Unit != "b.service" {
+		t.Errorf("may write %v", got)
+	}
+	if got := l.mayWrite([]Step{step}, time.Now().Add(wait)); len(got) != 1 {
+		t.Errorf("may write %v when its time has come", got)
+	}
+	if due := l.due(); due.After(time.Now().Add(wait)) {
+		t.Errorf("plans again at %v", due)
+	}
+	l.mayWrite(nil, time.Now().Add(wait))
+	if len(l.failed) != 0 {
+		t.Errorf("still remembers %v, for which there is no step any more", l.failed)
 	}
 }

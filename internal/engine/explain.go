@@ -6,238 +6,226 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"flotilla/internal/state"
+	"flotilla/internal/text"
+	"flotilla/internal/wire"
 )
 
-// Verdict is what one machine is to one unit.
-type Verdict struct {
-	Machine string // its ID
-	Node    string
-	Verdict string // here, eligible or refused
-	Reason  string // why it is here, or why it is refused; for here also why it is to leave
-	Score   string // eligible: what it is measured by, best first
-}
-
-// What a Verdict may be.
+// What wire.Verdict.Verdict may be.
 const (
 	Here     = "here"
 	Eligible = "eligible"
 	Refused  = "refused"
 )
 
-// Explain says of every machine what it is to the unit: the one it is on, one
-// that would take it, or one that would not. The eligible ones are in the order
-// in which they would be chosen, behind the one it is on. It is nil if there is
-// no such unit.
-func (c *Cluster) Explain(name string) []Verdict {
-	u := c.units[name]
-	if u == nil || !u.known {
+// question is a pass in which nothing is decided. It does not know of back-offs,
+// which only the leader remembers.
+func question(s *state.Snapshot) *pass { return newPass(s, Memory{}.Saw(s), time.Time{}) }
+
+// find returns a unit of the pass, nil if it does not exist.
+func (p *pass) find(name string) *unitPlan {
+	i := slices.IndexFunc(p.units, func(u unitPlan) bool { return u.Name == name && u.Record.Exists() })
+	if i < 0 {
 		return nil
 	}
-	c.settle()
+	return &p.units[i]
+}
+
+// Explain says of every node what it is to the unit: the one it is on, one that
+// would take it, or one that would not. The eligible ones are in the order in
+// which they would be chosen, after the one it is on. It is nil if there is no
+// such unit.
+func Explain(s *state.Snapshot, name string) []wire.Verdict {
+	p := question(s)
+	u := p.find(name)
+	if u == nil {
+		return nil
+	}
 	type judged struct {
-		Verdict
+		wire.Verdict
 		rank  int
 		score score
-		m     *machine
 	}
 	var all []judged
-	s := &scorer{c: c, values: map[string]map[string]struct{}{}}
-	rivals := c.rival(u, func(*unitState) bool { return true })
-	for _, m := range c.machines {
-		if !m.present && u.at != m {
+	for _, n := range p.nodes {
+		if !n.present && u.at != n {
 			continue
 		}
-		v := judged{Verdict: Verdict{Machine: m.id, Node: m.rec.Node, Verdict: Refused}, rank: 2, m: m}
-		r := c.refuse(u, m)
-		switch {
-		case u.at == m:
-			v.Verdict.Verdict, v.rank = Here, 0
-			v.Reason = u.placement.Reason
-			if c.holds(m) {
-				v.Reason += "; the machine is gone, and others with it: the unit waits for it until " +
-					time.Unix(c.failover.Until, 0).UTC().Format(time.DateTime) + " UTC, or until somebody allows the failover"
-			} else if r := c.evict(u, m); r.kind != fits {
-				v.Reason += "; it is to leave: " + c.say(r, u, m)
-			} else if e := u.entryOf(m.id); e != nil && e.Release != "" {
-				v.Reason += "; it is to leave: " + e.Release
-			}
-		case u.req.Global && slices.Contains(m.globals, u):
-			v.Verdict.Verdict, v.rank, v.Reason = Here, 0, "it runs on every machine that it fits"
-		case u.req.Global:
-			v.Reason = cmp.Or(m.refused[u.name], u.idle(), u.bad, "it is not yet decided")
-		case u.bad != "":
-			v.Reason = u.bad
-		case r.kind == fits && rivals != nil:
-			v.Reason = c.say(refusal{rival, rivals.name}, u, m)
-		case r.kind == fits:
-			v.Verdict.Verdict, v.rank = Eligible, 1
-			sc := s.score(u, m)
-			v.score = score{sc.instances, slices.Clone(sc.shared), sc.load}
-			v.Score = v.score.measures(u, m)
-		default:
-			v.Reason = c.say(r, u, m)
+		j := judged{Verdict: wire.Verdict{NodeID: n.ID, Node: n.Record.Value.Name}}
+		j.Verdict.Verdict, j.Reason = p.judge(u, n)
+		switch j.Verdict.Verdict {
+		case Eligible:
+			j.rank, j.score = 1, p.score(u, n, nil)
+			j.Score = p.measures(u, n, j.score)
+		case Refused:
+			j.rank = 2
 		}
-		all = append(all, v)
+		all = append(all, j)
 	}
 	slices.SortFunc(all, func(a, b judged) int {
 		switch {
 		case a.rank != b.rank:
 			return a.rank - b.rank
-		case a.score.better(&b.score):
+		case a.score.better(b.score):
 			return -1
-		case b.score.better(&a.score):
+		case b.score.better(a.score):
 			return 1
 		}
-		return cmp.Or(cmp.Compare(a.score.load, b.score.load), strings.Compare(a.Machine, b.Machine))
+		return cmp.Or(cmp.Compare(a.score.load, b.score.load), strings.Compare(a.NodeID, b.NodeID))
 	})
-	verdicts := make([]Verdict, len(all))
-	for i, v := range all {
-		verdicts[i] = v.Verdict
+	verdicts := make([]wire.Verdict, len(all))
+	for i, j := range all {
+		verdicts[i] = j.Verdict
 	}
 	return verdicts
 }
 
-// holds reports whether units of the machine wait because of the brake.
-func (c *Cluster) holds(m *machine) bool {
-	return !m.present && !c.failover.Allowed && slices.Contains(c.failover.Held, m.id)
-}
-
-// Summary says in one line why no machine takes the unit: "3 machines: 2
-// conflict with a.service, 1 has no disk=ssd". It is "" if one does, if the unit
-// is placed or global, or if there is no such unit.
-func (c *Cluster) Summary(name string) string {
-	u := c.units[name]
-	if u == nil || !u.known || u.at != nil || u.req.Global {
-		return ""
-	}
-	c.settle()
-	if u.bad != "" {
-		return u.bad
-	}
-	if m, _ := (&scorer{c: c, values: map[string]map[string]struct{}{}}).pick(u); m != nil {
-		return ""
-	}
-	return c.summary(u)
-}
-
-// Refuses returns why the machine, given by its ID, cannot take the unit, and ""
-// if it can: whether a move would be done.
-func (c *Cluster) Refuses(name, machine string) string {
-	u, m := c.units[name], c.machines[machine]
+// judge says what one node is to a unit, and why.
+func (p *pass) judge(u *unitPlan, n *nodePlan) (verdict, reason string) {
+	why := p.refuse(u, n)
+	other := p.rival(u, anyUnit)
 	switch {
-	case u == nil || !u.known:
-		return "there is no such unit"
-	case m == nil:
-		return "there is no such machine"
-	case u.bad != "":
-		return u.bad
-	case u.req.Global:
-		return "it is a global unit, which runs on every machine that it fits"
-	case u.at == m:
+	case u.at == n:
+		return Here, p.whyHere(u, n)
+	case slices.Contains(n.globals, u):
+		return Here, "it runs on every node that it fits"
+	case u.Requirements.Global:
+		return Refused, cmp.Or(n.refused[u.Name], idle(u), u.Problem, "it is not yet decided")
+	case u.Problem != "":
+		return Refused, u.Problem
+	case why.kind != fits:
+		return Refused, p.say(why, u, n)
+	case other != nil:
+		return Refused, p.say(refusal{rival, other.Name}, u, n)
+	}
+	return Eligible, ""
+}
+
+// whyHere says why a unit is on its node, and whether it is to leave.
+func (p *pass) whyHere(u *unitPlan, n *nodePlan) string {
+	reason := u.Placement.Value.Reason
+	if until := p.heldUntil(n); !until.IsZero() {
+		return reason + "; the node is gone, and others with it: the unit waits for it until " +
+			until.UTC().Format(time.DateTime) + " UTC, or until somebody allows the failover"
+	}
+	if why := p.evict(u, n); why.kind != fits {
+		return reason + "; it is to leave: " + p.say(why, u, n)
+	}
+	if leave := u.Placement.Value.Leave; leave != "" {
+		return reason + "; it is to leave: " + leave
+	}
+	return reason
+}
+
+// Summary says in one line why no node takes the unit: "3 nodes: 2 conflict with
+// a.service, 1 has no disk=ssd". It is "" if one does, if the unit is placed or
+// global, or if there is no such unit.
+func Summary(s *state.Snapshot, name string) string {
+	p := question(s)
+	u := p.find(name)
+	switch {
+	case u == nil || u.at != nil || u.Requirements.Global:
+		return ""
+	case u.Problem != "":
+		return u.Problem
+	}
+	if n, _ := p.pick(u); n != nil {
 		return ""
 	}
-	c.settle()
-	return c.say(c.refuse(u, m), u, m)
+	return p.summary(u)
 }
 
-// settle brings global units up to date, as Plan does first.
-func (c *Cluster) settle() {
-	for m := range c.stale {
-		c.refreshGlobals(m)
+// Refuses returns why the node, given by its ID, cannot take the unit, and "" if
+// it can: whether a move would be done.
+func Refuses(s *state.Snapshot, name, node string) string {
+	p := question(s)
+	u, n := p.find(name), p.nodes[node]
+	switch {
+	case u == nil:
+		return "there is no such unit"
+	case n == nil:
+		return "there is no such node"
+	case u.Problem != "":
+		return u.Problem
+	case u.Requirements.Global:
+		return "it is a global unit, which runs on every node that it fits"
+	case u.at == n:
+		return ""
 	}
-	clear(c.stale)
+	return p.say(p.refuse(u, n), u, n)
 }
 
-// measures gives the numbers of a score.
-func (a *score) measures(u *unitState, m *machine) string {
-	var words []string
-	if u.group != nil {
-		words = append(words, plural(a.instances, "instance")+" of "+u.group.template)
-		for i, key := range u.req.SpreadOver {
-			if value := m.metadata[key]; value != "" {
-				words = append(words, fmt.Sprintf("%d with %s=%s", a.shared[i], key, value))
-			}
-		}
-	}
-	return strings.Join(append(words, plural(a.load, "unit")), ", ")
-}
-
-// Move is a unit that would better be elsewhere.
-type Move struct {
-	Unit, From, To string // To and From are machine IDs
-	Reason         string
-}
-
-// Rebalance proposes moves that bring the numbers of units on the machines
-// nearer to each other, as few as that takes: each one from a machine with at
-// least two more units than the other. No move brings instances of a template
-// or of a metadata value nearer together, and units that others must be with,
-// or that must be with others, stay.
-func (c *Cluster) Rebalance() []Move {
-	c.settle()
-	p := c.newPass()
-	defer p.restore()
-	var moves []Move
-	stuck := map[*machine]bool{} // nothing of theirs can go
+// Rebalance proposes moves that bring the numbers of units on the nodes nearer to
+// each other, as few as that takes: each one from a node with at least two more
+// units than the other. No move brings instances of a template or of a metadata
+// value nearer together, and units that others must be with, or that must be with
+// others, stay.
+func Rebalance(s *state.Snapshot) []wire.Move {
+	p := question(s)
+	var moves []wire.Move
+	moved := map[*unitPlan]bool{}
+	stuck := map[*nodePlan]bool{} // none of their units can go
 	for {
-		var from *machine
-		for _, m := range slices.Backward(c.order) { // the fullest first
-			if !stuck[m] {
-				from = m
+		var from *nodePlan
+		for _, n := range slices.Backward(p.order) { // the fullest first
+			if !stuck[n] {
+				from = n
 				break
 			}
 		}
-		if from == nil || from.load-c.order[0].load < 2 {
+		if from == nil || from.load-p.order[0].load < 2 {
 			return moves
 		}
-		u, to := p.relief(from)
+		u, to := p.relief(from, moved)
 		if u == nil {
 			stuck[from] = true
 			continue
 		}
-		moves = append(moves, Move{u.name, from.id, to.id,
-			fmt.Sprintf("%s has %s and %s has %d", from.rec.Node, plural(from.load, "unit"), to.rec.Node, to.load)})
+		moves = append(moves, wire.Move{Unit: u.Name, From: from.ID, To: to.ID,
+			Reason: fmt.Sprintf("%s has %s and %s has %d", from.Name(), text.Count(from.load, "unit"), to.Name(), to.load)})
+		moved[u] = true
 		p.put(u, to)
 	}
 }
 
-// relief returns a unit of the machine that another one should have.
-func (p *pass) relief(from *machine) (*unitState, *machine) {
-	units := make([]*unitState, 0, len(from.units))
-	for u := range from.units {
-		if u.at == from && u.marked != p.serial && !u.leaving && u.moveMod == 0 && u.placeable() && len(u.req.MachineOf) == 0 && len(p.followers[u.name]) == 0 && p.rival(u, func(*unitState) bool { return true }) == nil {
-			units = append(units, u)
+// relief returns a unit of the node that another one should have, and which.
+func (p *pass) relief(from *nodePlan, moved map[*unitPlan]bool) (*unitPlan, *nodePlan) {
+	for _, u := range slices.SortedFunc(slices.Values(from.placed), byName) {
+		free := u.placeable() && len(u.Requirements.MachineOf) == 0 && len(p.followers[u.Name]) == 0
+		if !free || moved[u] || u.leaving || u.Move.Exists() || p.rival(u, anyUnit) != nil {
+			continue
 		}
-	}
-	slices.SortFunc(units, byName)
-	s := &scorer{c: p.Cluster}
-	for _, u := range units {
-		here := *s.score(u, from)
-		here.shared = slices.Clone(here.shared)
-		for _, m := range p.order {
-			if m.load > from.load-2 {
+		here := p.score(u, from, nil)
+		for _, to := range p.order {
+			if to.load > from.load-2 {
 				break
 			}
-			if !u.class.has(m) || p.refuse(u, m).kind != fits {
-				continue
-			}
-			there := s.score(u, m)
-			if u.group != nil { // as it is without the unit
-				there.instances++
-				for i, key := range u.req.SpreadOver {
-					if m.metadata[key] != from.metadata[key] {
-						there.shared[i]++
-					}
-				}
-			}
-			worse := there.instances > here.instances
-			for i := range here.shared {
-				worse = worse || there.shared[i] > here.shared[i]
-			}
-			if !worse {
-				return u, m
+			if p.refuse(u, to).kind == fits && !p.closer(u, from, to, here) {
+				return u, to
 			}
 		}
 	}
 	return nil, nil
+}
+
+// closer reports whether the unit would have more instances of its template near
+// it on the other node than it has where it is.
+func (p *pass) closer(u *unitPlan, from, to *nodePlan, here score) bool {
+	if p.groupOf(u) == nil {
+		return false
+	}
+	there := p.score(u, to, nil)
+	if there.instances+1 > here.instances { // here the unit itself is counted
+		return true
+	}
+	for i, key := range u.Requirements.SpreadOver {
+		if to.Metadata[key] != from.Metadata[key] {
+			there.shared[i]++
+		}
+		if there.shared[i] > here.shared[i] {
+			return true
+		}
+	}
+	return false
 }

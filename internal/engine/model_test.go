@@ -3,42 +3,40 @@ package engine
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	gocmp "github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
 )
 
-// model is what the records say, read plainly and without the Cluster: the rules
-// once more, each in the simplest words.
+// model is what the records say, read plainly: the rules once more, each in the
+// simplest words.
 type model struct {
-	machines   map[string]registry.Machine
+	nodes      map[string]state.NodeRecord
 	created    map[string]int64
-	settings   map[string]registry.Settings
+	settings   map[string]state.Settings
 	metadata   map[string]map[string]string
-	units      map[string]registry.Unit
+	units      map[string]state.UnitRecord
 	unitMade   map[string]int64
 	req        map[string]*unit.Requirements
-	placements map[string]registry.Placement
-	entries    map[string]registry.Entry // by machine/unit
+	placements map[string]state.Placement
 	unplaced   map[string]string
-	moves      map[string]registry.Move
-	solo       string
-	failover   registry.Failover
-	running    map[string][]string // by machine: placed and global units
+	moves      map[string]state.Move
+	failover   state.Failover
+	running    map[string][]string // by node: placed and global units
+	troubled   map[string]bool     // units that are in trouble where they are placed
+	away       map[unitOnNode]bool // units that stay away from a node
 }
 
-func must[R registry.Record](kv store.KV) R {
-	r, err := registry.Decode[R](kv.Value)
+func must[R state.Record](kv store.KV) R {
+	r, err := state.Decode[R](kv.Value)
 	if err != nil {
 		panic(err)
 	}
@@ -46,58 +44,59 @@ func must[R registry.Record](kv store.KV) R {
 }
 
 func (w *world) model() *model {
-	m := &model{machines: map[string]registry.Machine{}, created: map[string]int64{}, settings: map[string]registry.Settings{}, metadata: map[string]map[string]string{},
-		units: map[string]registry.Unit{}, unitMade: map[string]int64{}, req: map[string]*unit.Requirements{}, placements: map[string]registry.Placement{},
-		entries: map[string]registry.Entry{}, unplaced: map[string]string{}, moves: map[string]registry.Move{}, running: map[string][]string{}}
+	m := &model{nodes: map[string]state.NodeRecord{}, created: map[string]int64{}, settings: map[string]state.Settings{}, metadata: map[string]map[string]string{},
+		units: map[string]state.UnitRecord{}, unitMade: map[string]int64{}, req: map[string]*unit.Requirements{}, placements: map[string]state.Placement{},
+		unplaced: map[string]string{}, moves: map[string]state.Move{}, running: map[string][]string{}}
 	for key, kv := range w.records {
-		kind, name, _ := strings.Cut(strings.TrimPrefix(key, keys.Prefix), "/")
+		kind, name, _ := strings.Cut(strings.TrimPrefix(key, keys.Prefix+"cluster/"), "/")
 		switch kind {
-		case "machines":
-			m.machines[name], m.created[name] = must[registry.Machine](kv), kv.CreateRevision
+		case "nodes":
+			m.nodes[name], m.created[name] = must[state.NodeRecord](kv), kv.CreateRevision
 		case "settings":
-			m.settings[name] = must[registry.Settings](kv)
+			m.settings[name] = must[state.Settings](kv)
 		case "units":
-			u := must[registry.Unit](kv)
+			u := must[state.UnitRecord](kv)
 			m.units[name], m.unitMade[name], m.req[name] = u, kv.CreateRevision, requirements(name, u.Text)
 		case "placements":
-			m.placements[name] = must[registry.Placement](kv)
-		case "schedules":
-			m.entries[name] = must[registry.Entry](kv)
+			m.placements[name] = must[state.Placement](kv)
 		case "unplaced":
-			m.unplaced[name] = must[registry.Unplaced](kv).Reason
+			m.unplaced[name] = must[state.Unplaced](kv).Reason
 		case "moves":
-			m.moves[name] = must[registry.Move](kv)
-		case "solo":
-			m.solo = must[registry.Solo](kv).Machine
+			m.moves[name] = must[state.Move](kv)
 		case "failover":
-			m.failover = must[registry.Failover](kv)
+			m.failover = must[state.Failover](kv)
 		}
 	}
-	for name := range m.placements {
+	m.troubled, m.away = map[string]bool{}, map[unitOnNode]bool{}
+	for _, key := range w.under("reports/units/") {
+		for name, u := range must[state.UnitsReport](w.records[key]).Units {
+			p := m.placements[name]
+			m.troubled[name] = m.troubled[name] || u.Trouble != "" && keys.UnitsReport(p.Node) == key && p.Epoch == u.Epoch
+		}
+	}
+	for key, b := range w.memory.backOff {
+		m.away[key] = w.now.Before(b.until)
+	}
+	for name := range m.placements { // of one that was destroyed the last file counts, as the plan remembers it
 		if m.req[name] == nil {
-			m.req[name] = &unit.Requirements{Unit: name}
-			for key, e := range m.entries {
-				if strings.HasSuffix(key, "/"+name) {
-					m.req[name] = requirements(name, e.Text)
-				}
-			}
+			m.req[name] = w.snapshot().Units[name].Requirements
 		}
 	}
-	var globals []registry.Claim
+	var globals []state.Claim
 	for name, u := range m.units {
-		if _, placed := m.placements[name]; u.Desired != registry.Inactive && m.req[name].Global && !placed {
-			globals = append(globals, registry.Claim{Name: name, Requirements: m.req[name], Epoch: m.unitMade[name]})
+		if _, placed := m.placements[name]; u.Desired != unit.Inactive && m.req[name].Global && !placed {
+			globals = append(globals, state.Claim{Name: name, Requirements: m.req[name], Epoch: m.unitMade[name]})
 		}
 	}
-	placed := map[string][]registry.Claim{}
+	placed := map[string][]state.Claim{}
 	for name, p := range m.placements {
-		placed[p.Machine] = append(placed[p.Machine], registry.Claim{Name: name, Requirements: m.req[name], Epoch: p.Epoch})
-		m.running[p.Machine] = append(m.running[p.Machine], name)
+		placed[p.Node] = append(placed[p.Node], state.Claim{Name: name, Requirements: m.req[name], Epoch: p.Epoch})
+		m.running[p.Node] = append(m.running[p.Node], name)
 	}
-	for id, rec := range m.machines {
+	for id, rec := range m.nodes {
 		m.metadata[id] = m.settings[id].Merge(rec.Metadata)
 		if rec.Units {
-			run, _ := registry.GlobalsOn(id, m.metadata[id], placed[id], globals)
+			run, _ := state.GlobalsOn(id, m.metadata[id], placed[id], globals)
 			m.running[id] = append(m.running[id], run...)
 		}
 	}
@@ -106,7 +105,7 @@ func (w *world) model() *model {
 
 func (m *model) wanted(name string) bool {
 	u, ok := m.units[name]
-	return ok && u.Desired != registry.Inactive
+	return ok && u.Desired != unit.Inactive
 }
 
 // epoch tells who was first.
@@ -117,18 +116,20 @@ func (m *model) epoch(name string) int64 {
 	return m.unitMade[name]
 }
 
-// mayBe returns why the unit cannot be on the machine, "" if it can, now
+// mayBe returns why the unit cannot be on the node, "" if it can, now
 // (fresh) or still.
 func (m *model) mayBe(name, id string, fresh bool) string {
-	rec, ok := m.machines[id]
+	rec, ok := m.nodes[id]
 	req, s := m.req[name], m.settings[id]
 	switch {
 	case !ok:
-		return "no machine"
+		return "no node"
 	case !rec.Units || s.Drain || fresh && s.Cordon:
 		return "closed"
 	case req.Mismatch(id, m.metadata[id]) != "":
 		return "mismatch"
+	case fresh && m.away[unitOnNode{name, id}]:
+		return "it was in trouble there"
 	}
 	for _, peer := range req.MachineOf {
 		p, placed := m.placements[peer]
@@ -139,7 +140,7 @@ func (m *model) mayBe(name, id string, fresh bool) string {
 			if !slices.Contains(m.running[id], peer) {
 				return "global peer is not there"
 			}
-		case !placed || p.Machine != id || m.entries[id+"/"+peer].Release != "":
+		case !placed || p.Node != id || p.Leave != "":
 			return "peer is not there"
 		}
 	}
@@ -152,7 +153,7 @@ func (m *model) mayBe(name, id string, fresh bool) string {
 		if other == name {
 			continue
 		}
-		if registry.Conflict(registry.Claim{Name: name, Requirements: req}, registry.Claim{Name: other, Requirements: o}) {
+		if state.Conflict(state.Claim{Name: name, Requirements: req}, state.Claim{Name: other, Requirements: o}) {
 			return "conflict with " + other
 		}
 		_, pushes := o.Replacing(name)
@@ -201,81 +202,61 @@ func (m *model) drives(first, second string, seen map[string]bool) bool {
 func (m *model) faults(now time.Time) []string {
 	var found []string
 	fault := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
-	for key, e := range m.entries {
-		id, name, _ := strings.Cut(key, "/")
-		if e.Release != "" && m.created[id] != 0 {
-			fault("%s is still to be released", key)
-		}
-		if p := m.placements[name]; id != registry.Global && p.Machine != id {
-			fault("entry %s has no placement", key)
-		}
-	}
 	for name := range m.moves {
-		if p := m.placements[name]; m.created[p.Machine] != 0 || !slices.Contains(m.failover.Held, p.Machine) {
-			if m.solo != p.Machine || m.created[p.Machine] != 0 || !m.req[name].Exclusive {
-				fault("the move of %s stands", name)
-			}
+		if p := m.placements[name]; m.created[p.Node] != 0 || !slices.Contains(m.failover.Held, p.Node) {
+			fault("the move of %s stands", name)
 		}
 	}
 	held := func(id string) bool {
 		return slices.Contains(m.failover.Held, id) && !m.failover.Allowed && now.Before(time.Unix(m.failover.Until, 0))
 	}
 	for name, p := range m.placements {
-		gone := m.created[p.Machine] == 0
-		protected := gone && m.solo == p.Machine && m.req[name].Exclusive
-		e, u := m.entries[p.Machine+"/"+name], m.units[name]
+		gone := m.created[p.Node] == 0
 		switch {
-		case protected:
 		case !m.wanted(name):
 			fault("%s is placed and not wanted", name)
-		case gone && held(p.Machine):
+		case gone && held(p.Node):
 		case gone:
-			for id := range m.machines {
+			for id := range m.nodes {
 				if m.mayBe(name, id, true) == "" {
-					fault("%s is on %s, which is gone, and could be on %s", name, p.Machine, id)
+					fault("%s is on %s, which is gone, and could be on %s", name, p.Node, id)
 				}
 			}
 			if m.unplaced[name] == "" {
-				fault("%s on %s, which is gone, has no explanation", name, p.Machine)
+				fault("%s on %s, which is gone, has no explanation", name, p.Node)
 			}
 		case m.req[name].Global:
 			fault("%s is global and placed", name)
-		case p.Generation != m.created[p.Machine]:
-			fault("%s has generation %d of %s, which is in %d", name, p.Generation, p.Machine, m.created[p.Machine])
-		case m.mayBe(name, p.Machine, false) != "":
-			fault("%s cannot be on %s: %s", name, p.Machine, m.mayBe(name, p.Machine, false))
-		case e != registry.Entry{V: 1, Text: u.Text, Desired: u.Desired, Restarts: u.Restarts, Generation: p.Generation, Epoch: p.Epoch}:
-			fault("entry of %s is %+v", name, e)
+		case p.Generation != m.created[p.Node]:
+			fault("%s has generation %d of %s, which is in %d", name, p.Generation, p.Node, m.created[p.Node])
+		case m.mayBe(name, p.Node, false) != "":
+			fault("%s cannot be on %s: %s", name, p.Node, m.mayBe(name, p.Node, false))
+		case p.Leave != "":
+			fault("%s is still to leave", name)
+		case p.Approved != hashOf(m.units[name].Text):
+			fault("the file of %s is not approved", name)
 		case m.unplaced[name] != "":
 			fault("%s is placed and explained: %s", name, m.unplaced[name])
 		case p.Reason == "":
 			fault("%s is placed for no reason", name)
 		}
 	}
-	for name, u := range m.units {
+	for name := range m.units {
 		_, placed := m.placements[name]
-		e, global := m.entries["global/"+name]
 		switch {
-		case !m.wanted(name):
-			if global || m.unplaced[name] != "" {
-				fault("%s is not wanted and has records", name)
+		case !m.wanted(name), m.req[name].Global && !placed:
+			if m.unplaced[name] != "" {
+				fault("%s is not to be placed and is explained: %s", name, m.unplaced[name])
 			}
 		case placed:
-		case m.req[name].Global:
-			if e != (registry.Entry{V: 1, Text: u.Text, Desired: u.Desired, Restarts: u.Restarts, Epoch: m.unitMade[name]}) {
-				fault("global entry of %s is %+v", name, e)
-			}
 		default:
-			for id := range m.machines {
+			for id := range m.nodes {
 				if m.mayBe(name, id, true) == "" {
 					fault("%s is nowhere and could be on %s", name, id)
 				}
 			}
 			if m.unplaced[name] == "" {
 				fault("%s is nowhere without explanation", name)
-			}
-			if global {
-				fault("%s is not global and has such an entry", name)
 			}
 		}
 	}
@@ -290,14 +271,14 @@ func (m *model) cause(s Step) string {
 	case s.Reason == "":
 		return "it has no reason"
 	case s.Do == Place:
-		if why := m.mayBe(s.Unit, s.Machine, true); why != "" {
+		if why := m.mayBe(s.Unit, s.Node, true); why != "" {
 			return why
 		}
-		if p, placed := m.placements[s.Unit]; placed && (p.Machine != s.From || m.created[s.From] != 0) {
-			return "it is placed on " + p.Machine
+		if p, placed := m.placements[s.Unit]; placed && (p.Node != s.From || m.created[s.From] != 0) {
+			return "it is placed on " + p.Node
 		}
-	case s.Do == Release && m.wanted(s.Unit) && !moves && !m.req[s.Unit].Global:
-		if why := m.mayBe(s.Unit, s.Machine, false); why == "" {
+	case s.Do == Leave && m.wanted(s.Unit) && !moves && !m.req[s.Unit].Global && !m.troubled[s.Unit]:
+		if why := m.mayBe(s.Unit, s.Node, false); why == "" {
 			return "it may stay"
 		}
 	}
@@ -305,9 +286,9 @@ func (m *model) cause(s Step) string {
 }
 
 var (
-	someMachines = []string{"m1", "m2", "m3", "m4", "m5"}
-	someUnits    = []string{"a.service", "b.service", "c.service", "d.service", "g.service", "web@1.service", "web@2.service", "web@3.service", "x.service", "y.service"}
-	someOptions  = []string{
+	someNodes   = []string{"m1", "m2", "m3", "m4", "m5"}
+	someUnits   = []string{"a.service", "b.service", "c.service", "d.service", "g.service", "web@1.service", "web@2.service", "web@3.service", "x.service", "y.service"}
+	someOptions = []string{
 		"Conflicts=web@*", "Conflicts=a.service", "Conflicts=b.service c.service", "Conflicts=*",
 		"MachineOf=a.service", "MachineOf=g.service", "MachineOf=x.service", "Global=yes", "Global=yes", "Exclusive=yes",
 		"MachineMetadata=disk=ssd", "MachineMetadata=zone=a", "MachineID=m2", "Where=zone != a",
@@ -316,13 +297,13 @@ var (
 	}
 )
 
-// event changes a record as operators, agents and machines would.
+// event changes a record as operators and nodes would.
 func (w *world) event(r interface{ IntN(int) int }) string {
 	pick := func(list []string) string { return list[r.IntN(len(list))] }
-	name, id := pick(someUnits), pick(someMachines)
+	name, id := pick(someUnits), pick(someNodes)
 	_, has := w.records[keys.Unit(name)]
-	_, there := w.records[keys.Machine(id)]
-	switch n := r.IntN(22); {
+	_, there := w.records[keys.Node(id)]
+	switch n := r.IntN(23); {
 	case n < 6 || n < 12 && !has:
 		var options []string
 		for range r.IntN(3) {
@@ -331,48 +312,49 @@ func (w *world) event(r interface{ IntN(int) int }) string {
 		if requirements(name, "[X-Fleet]\n"+strings.Join(options, "\n")+"\n") == nil {
 			options = nil
 		}
-		desired := []registry.Desired{registry.Launched, registry.Launched, registry.Loaded, registry.Inactive}[r.IntN(4)]
+		desired := []unit.Desired{unit.Launched, unit.Launched, unit.Loaded, unit.Inactive}[r.IntN(4)]
 		w.unit(name, desired, options...)
 		return fmt.Sprint("unit ", name, " ", desired, " ", options)
 	case n < 7:
 		w.del(keys.Unit(name))
 		return "destroy " + name
 	case n < 9:
-		desired := []registry.Desired{registry.Launched, registry.Loaded, registry.Inactive}[r.IntN(3)]
+		desired := []unit.Desired{unit.Launched, unit.Loaded, unit.Inactive}[r.IntN(3)]
 		w.desire(name, desired)
 		return fmt.Sprint(desired, " ", name)
 	case n < 10:
 		u := w.want(name)
 		u.Restarts++
-		w.put(keys.Unit(name), registry.Encode(u))
+		w.put(keys.Unit(name), state.Encode(u))
 		return "restart " + name
 	case n < 12:
-		to := pick(someMachines)
-		w.put(keys.Move(name), registry.Encode(registry.Move{V: registry.Version, To: to}))
+		to := pick(someNodes)
+		w.put(keys.Move(name), state.Encode(state.Move{V: state.Version, To: to}))
 		return "move " + name + " " + to
 	case n < 16 && there:
-		w.del(keys.Machine(id))
+		w.gone(id)
 		return "gone " + id
 	case n < 18:
 		words := []string{[]string{"zone=a", "zone=b"}[r.IntN(2)], []string{"disk=ssd", "disk=hdd"}[r.IntN(2)], fmt.Sprint("memory=", r.IntN(4)), fmt.Sprint("gpu#", r.IntN(2))}
 		if r.IntN(10) == 0 {
 			words = append(words, "nounits")
 		}
-		w.machine(id, func(m *registry.Machine) { describe(m, words) })
-		return fmt.Sprint("machine ", id, " ", words)
+		w.node(id, func(n *state.NodeRecord) { describe(n, words) })
+		return fmt.Sprint("node ", id, " ", words)
 	case n < 20:
-		w.settings(id, func(s *registry.Settings) {
+		w.settings(id, func(s *state.Settings) {
 			s.Cordon, s.Drain = r.IntN(4) == 0, r.IntN(4) == 0
 			s.Metadata["disk"] = []string{"", "ssd", "hdd"}[r.IntN(3)]
 		})
 		return "settings " + id
-	case n < 21:
-		if _, has := w.records[keys.Solo()]; has {
-			w.del(keys.Solo())
-			return "no solo"
+	case n < 22:
+		id := w.placement(name).Node
+		if _, there := w.records[keys.Node(id)]; !there {
+			return "nothing"
 		}
-		w.put(keys.Solo(), registry.Encode(registry.Solo{V: registry.Version, Machine: id}))
-		return "solo " + id
+		trouble := []string{"", "bad setting"}[r.IntN(2)]
+		w.report(id, map[string]state.UnitState{name: {Epoch: w.placement(name).Epoch, Trouble: trouble}})
+		return fmt.Sprintf("%s reports %s: %q", id, name, trouble)
 	default:
 		w.now = w.now.Add([]time.Duration{time.Minute, 6 * time.Minute, 11 * time.Minute}[r.IntN(3)])
 		return "time"
@@ -421,8 +403,10 @@ func converge(t fataler, r interface{ IntN(int) int }, events int) {
 		for range 1 + r.IntN(3) {
 			log = append(log, w.event(r))
 		}
-		if a, b := fresh(w, r), fresh(w, r); !gocmp.Equal(a, b) {
-			fatalf("two plans of the same records differ:\n%s", gocmp.Diff(a, b))
+		if r.IntN(4) == 0 {
+			if why := w.impure(); why != "" {
+				fatalf("%s", why)
+			}
 		}
 		rounds := 0
 		for quiet := false; !quiet; rounds++ {
@@ -453,18 +437,28 @@ func converge(t fataler, r interface{ IntN(int) int }, events int) {
 		if faults := w.model().faults(w.now); len(faults) > 0 {
 			fatalf("%s", strings.Join(faults, "\n"))
 		}
-		for _, s := range fresh(w, r) {
-			if s.Do != Explain && s.Do != Hold {
+		for _, s := range Plan(Input{Snapshot: w.load(), Now: w.now}).Steps {
+			if s.Do != Hold && len(w.memory.backOff) == 0 {
 				fatalf("one who knows the records alone would: %s", s)
 			}
 		}
 	}
 }
 
-// fresh is the plan of a Cluster that has just read the records, in any order.
-func fresh(w *world, r interface{ IntN(int) int }) []Step {
-	all := slices.SortedFunc(maps.Values(w.records), func(a, b store.KV) int { return strings.Compare(a.Key, b.Key) })
-	rand.New(rand.NewPCG(uint64(r.IntN(1000)), 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	steps, _ := Load(keys, all, w.revision).Plan(w.now)
-	return steps
+// impure returns in what a plan is not a pure function of its input, "" if it is.
+func (w *world) impure() string {
+	a, b, memory := w.load(), w.load(), w.memory.clone()
+	first := Plan(Input{Snapshot: a, Now: w.now, Memory: w.memory})
+	second := Plan(Input{Snapshot: a, Now: w.now, Memory: w.memory})
+	switch other := Plan(Input{Snapshot: b, Now: w.now, Memory: memory}); {
+	case !same(first, second):
+		return fmt.Sprintf("the same input gives two plans:\n%v\n%v", first.Steps, second.Steps)
+	case !same(first, other):
+		return fmt.Sprintf("two equal inputs give two plans:\n%v\n%v", first.Steps, other.Steps)
+	case !same(a, w.load()):
+		return "a plan has changed its snapshot"
+	case !same(w.memory.clone(), memory):
+		return "a plan has changed the memory that it was given"
+	}
+	return ""
 }

@@ -1,62 +1,64 @@
-// Package engine decides which machine each unit runs on, and writes that into
-// the store while this node leads. It knows the records of units and machines
-// and what unit files ask for; it must not know systemd, HAProxy or services,
-// nor talk to any machine.
+// Package engine decides which node each unit runs on, and writes that into the
+// store while this node leads. It knows the records of units and nodes and what
+// unit files ask for; it must not know systemd, HAProxy or services, nor talk to
+// any node.
+//
+// Plan is a pure function: it looks at all units of a snapshot each time, and
+// what it builds for that is thrown away afterwards.
 package engine
 
 import (
 	"cmp"
 	"fmt"
+	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
+	"flotilla/internal/unit"
 )
 
 // Action is what a Step does to the records.
 type Action string
 
-// The actions. An agent answers Release by stopping the unit and deleting
-// placement and entry; all others are complete by themselves.
+// The actions. A node answers Leave by stopping the unit and deleting its
+// placement. All others are complete when they are written.
 const (
-	Place     Action = "place"      // put placement and entry; with From: instead of those of a machine that is gone
-	Update    Action = "update"     // put the entry, the unit stays
-	Refresh   Action = "refresh"    // the same machine in a new generation
-	Release   Action = "release"    // put the entry with the reason why the unit is to leave
-	Forget    Action = "forget"     // delete placement and entry of a machine that is gone
-	Explain   Action = "unplaced"   // put why no machine takes the unit
-	Clear     Action = "clear"      // delete that
-	EndMove   Action = "end-move"   // delete a move that is done or that cannot be done
-	PutGlobal Action = "global"     // put the entry for all machines
-	EndGlobal Action = "end-global" // delete that
-	Clean     Action = "clean"      // delete an entry without placement, which nobody wrote but by hand
-	Hold      Action = "hold"       // put which machines' units wait
-	Allow     Action = "allow"      // put that they need not wait any more
-	EndHold   Action = "end-hold"   // delete that
+	Place    Action = "place"    // put the placement; with From: instead of that on a node that is gone
+	Approve  Action = "approve"  // put the placement: the unit stays, with the file that it has now
+	Refresh  Action = "refresh"  // put the placement: the same node in a new generation
+	Leave    Action = "leave"    // put the placement with the reason to leave
+	Forget   Action = "forget"   // delete the placement on a node that is gone
+	Unplaced Action = "unplaced" // put why no node takes the unit
+	Clear    Action = "clear"    // delete that
+	EndMove  Action = "end-move" // delete a move that is done or that cannot be done
+	Hold     Action = "hold"     // put which nodes' units wait
+	Allow    Action = "allow"    // put that they need not wait any more
+	EndHold  Action = "end-hold" // delete that
 )
 
 // Step is one change of the records of one unit, or of the failover, and why it
 // is made. It is to be written only if what it was planned from still holds.
 type Step struct {
-	Do      Action
-	Unit    string // "" for the failover
-	Machine string // its ID
-	From    string // Place: the machine that is gone
-	Reason  string // never empty
+	Do     Action
+	Unit   string // "" for the failover
+	Node   string // its ID
+	From   string // Place: the node that is gone
+	Reason string // never empty
 
-	Placement registry.Placement // Place and Refresh
-	Entry     registry.Entry     // Place, Update, Refresh, Release and PutGlobal
-	Failover  registry.Failover  // Hold and Allow
-	EndMove   bool               // the move is deleted too
-	Clear     bool               // why it was unplaced is deleted too
-	Exclusive bool               // at most one copy: solo is to be as it was, if the unit leaves a machine that is gone
+	Placement state.Placement // Place, Approve, Refresh and Leave: what is put
+	Failover  state.Failover  // Hold and Allow: what is put
+	EndMove   bool            // the move is deleted too
+	Clear     bool            // why it was unplaced is deleted too
 
-	// Revisions of the last change of what was planned from; 0: it was not there.
-	PlacementSeen, EntrySeen, MoveSeen, SoloSeen, FailoverSeen int64
+	// What it was planned from.
+	unit     *state.Unit
+	failover state.Item[state.Failover] // Hold, Allow and EndHold
 }
 
-// String gives the step as one line: "place a.service on m1: it has the fewest
+// String gives the step as one line: "place a.service on n1: it has the fewest
 // units (0)".
 func (s Step) String() string {
 	var b strings.Builder
@@ -64,8 +66,8 @@ func (s Step) String() string {
 	if s.Unit != "" {
 		b.WriteString(" " + s.Unit)
 	}
-	if s.Machine != "" {
-		b.WriteString(" on " + s.Machine)
+	if s.Node != "" {
+		b.WriteString(" on " + s.Node)
 	}
 	if s.From != "" {
 		b.WriteString(" from " + s.From)
@@ -79,501 +81,426 @@ func (s Step) String() string {
 	return b.String() + ": " + s.Reason
 }
 
-// pass is one run of Plan. What it places is counted as if it were there, and
-// undone at its end: the store has the word.
-type pass struct {
-	*Cluster
-	scorer scorer
-	now    time.Time
-	next   time.Time // when something is due; zero: nothing
-	steps  []Step
-	again  []*unitState // whose peer was placed
-	held   map[*machine]struct{}
-	failed map[string]string // signatures that no machine takes, and why
-	undo   []was
-	serial uint64 // of this pass
+// Input is what a plan is made from.
+type Input struct {
+	Snapshot *state.Snapshot // with the nodes' reports: troubles are in them
+	Now      time.Time
+	Memory   Memory
 }
 
-// was is what a unit was before this pass.
-type was struct {
-	u       *unitState
-	at      *machine
-	leaving bool
+// Result is a plan.
+type Result struct {
+	Steps  []Step // at most one for each unit
+	Memory Memory // for the next plan
+	// Next is when to plan again even if no record changes; zero: not at all.
+	Next time.Time
+
+	Units    int // names of which there is any record
+	Nodes    int // that are there and run units
+	Unplaced int // units that should be on a node and are on none that is there
 }
 
-// Plan returns what has to be done about whatever has changed since it was
-// called last, and when it wants to be called again even if nothing changes;
-// zero if it does not. A step that could not be written is to be told by Retry.
-// No unit has more than one step.
-func (c *Cluster) Plan(now time.Time) (steps []Step, next time.Time) {
-	p := c.newPass()
-	p.now, p.failed = now, map[string]string{}
-	p.held, p.scorer = map[*machine]struct{}{}, scorer{c: c, values: map[string]map[string]struct{}{}}
-	for m := range c.stale {
-		c.refreshGlobals(m)
-	}
-	clear(c.stale)
+// Plan returns what has to be done. The same input gives the same result, and
+// nothing of the input is changed.
+func Plan(in Input) Result {
+	p := newPass(in.Snapshot, in.Memory.Saw(in.Snapshot).clone(), in.Now)
 	p.brake()
-	p.backOff()
-	p.wake()
-	p.keepPlaces()
-	queue := ranked(c.dirty)
-	clear(c.dirty)
-	if len(queue) > 1000 { // most likely each has a step
+	p.expireBackOff()
+	p.reservePlaces()
+	var queue []*unitPlan
+	for i := range p.units {
+		if u := &p.units[i]; !p.settled(u) {
+			queue = append(queue, u)
+		}
+	}
+	if len(queue) > 1000 {
 		p.steps = slices.Grow(p.steps, len(queue))
-		p.undo = make([]was, 0, len(queue))
 	}
 	for len(queue) > 0 {
-		for _, u := range queue {
-			if u.stepped != p.serial {
+		for _, u := range ranked(queue) {
+			if !u.stepped {
 				p.decide(u)
 			}
 		}
-		again := map[*unitState]struct{}{}
-		for _, u := range p.again {
-			if u.stepped != p.serial {
-				again[u] = struct{}{}
-			}
-		}
-		queue, p.again = ranked(again), nil
+		queue, p.again = p.again, nil
 	}
-	p.restore()
-	return p.steps, p.next
+	r := Result{Next: p.next, Units: len(p.units), Nodes: p.running, Unplaced: p.explainUnplaced()}
+	r.Steps, r.Memory = p.steps, p.memory
+	return r
 }
 
-func (c *Cluster) newPass() *pass {
-	c.passes++
-	return &pass{Cluster: c, serial: c.passes}
+// matters reports whether a plan may be another one after newer has come instead
+// of old. Nodes report all the time; of that, only troubles matter.
+func matters(old, newer *state.Snapshot) bool {
+	if !sameMap(old.Units, newer.Units) || len(old.Nodes) != len(newer.Nodes) || old.Failover.Modified != newer.Failover.Modified {
+		return true
+	}
+	for id, n := range newer.Nodes {
+		was := old.Nodes[id]
+		if was == n {
+			continue
+		}
+		if was == nil || was.Record.Modified != n.Record.Modified || was.Settings.Modified != n.Settings.Modified || !maps.Equal(troublesOf(was), troublesOf(n)) {
+			return true
+		}
+	}
+	return false
+}
+
+// sameMap reports whether two snapshots share a map, because nothing in it has
+// changed.
+func sameMap(a, b map[string]*state.Unit) bool {
+	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
+}
+
+// settled is the quick answer for most units in most plans: nothing can be to do
+// about the unit, as its records are and as its node was when the plan began.
+// It may say no of a unit about which decide finds nothing to do either.
+func (p *pass) settled(u *unitPlan) bool {
+	if u.Move.Exists() || u.Unplaced.Exists() {
+		return false
+	}
+	if u.at == nil {
+		return !u.Wanted() || u.global
+	}
+	n, placement := u.at, &u.Placement.Value
+	switch {
+	case !n.present || n.keeps().kind != fits:
+		return false
+	case !u.Wanted(): // the node stops it
+		return true
+	case placement.Leave != "" || placement.Generation != n.generation || placement.Approved != u.Hash || u.Problem != "":
+		return false
+	}
+	r := u.Requirements
+	if r.Global || len(r.MachineOf) > 0 || u.patterns != nil || u.backsOff || reserves(u) && n.overbooked {
+		return false
+	}
+	if _, troubled := n.troubles[u.Name]; troubled {
+		return false
+	}
+	return n.unreadable || r.Mismatch(n.ID, n.Metadata) == ""
 }
 
 // ranked sorts units into the order in which they get their place: those with
-// the fewest choices first, and units behind the peers that they must be with.
-func ranked(units map[*unitState]struct{}) []*unitState {
+// the fewest choices first, and units after the peers that they must be with.
+func ranked(units []*unitPlan) []*unitPlan {
 	type ranking struct {
-		u    *unitState
+		u    *unitPlan
 		rank int
 	}
-	all := make([]ranking, 0, len(units))
-	for u := range units {
-		all = append(all, ranking{u, u.rank()})
+	all := make([]ranking, len(units))
+	for i, u := range units {
+		all[i] = ranking{u, rank(u)}
 	}
 	slices.SortFunc(all, func(a, b ranking) int {
-		return cmp.Or(cmp.Compare(a.rank, b.rank), strings.Compare(a.u.name, b.u.name))
+		return cmp.Or(cmp.Compare(a.rank, b.rank), strings.Compare(a.u.Name, b.u.Name))
 	})
-	sorted := make([]*unitState, len(all))
+	sorted := make([]*unitPlan, len(all))
 	for i, r := range all {
 		sorted[i] = r.u
 	}
 	return sorted
 }
 
-func (u *unitState) rank() int {
+func rank(u *unitPlan) int {
+	r := u.Requirements
 	switch {
-	case len(u.req.MachineOf) > 0:
+	case len(r.MachineOf) > 0:
 		return 3
-	case len(u.replace) > 0 || u.req.MachineID != "" || u.moveMod != 0:
+	case len(r.Replaces) > 0 || r.MachineID != "" || u.Move.Exists():
 		return 0
-	case u.class.key != "" || u.social() || u.reserves():
+	case len(r.Metadata) > 0 || len(r.Where) > 0 || u.patterns != nil || reserves(u):
 		return 1
 	}
 	return 2
 }
 
+// due has the next plan made at t at the latest.
 func (p *pass) due(t time.Time) {
 	if p.next.IsZero() || t.Before(p.next) {
 		p.next = t
 	}
 }
 
-// wake touches the waiting units that one of the machines takes that may take
-// more than before.
-func (p *pass) wake() {
-	for m := range p.better {
-		if !m.open {
+// reservePlaces counts units that are to move on the node they move to as well,
+// so that no other unit takes the place while they stop.
+func (p *pass) reservePlaces() {
+	slices.SortFunc(p.moving, byName)
+	for _, u := range p.moving {
+		n := p.nodes[moveTo(u)]
+		if n == nil || u.at == n || !u.placeable() || p.refuse(u, n).kind != fits {
 			continue
 		}
-		for _, w := range p.waiting {
-			for u := range w.units { // one speaks for all
-				if u.class.has(m) && p.refuse(u, m).kind == fits {
-					p.touchAll(w.units)
-				}
-				break
-			}
-		}
-	}
-	clear(p.better)
-}
-
-// keepPlaces counts units that are to move on the machine they move to, so that
-// nobody takes the place while they stop.
-func (p *pass) keepPlaces() {
-	var all []*unitState
-	for u := range p.moving {
-		all = append(all, u)
-	}
-	slices.SortFunc(all, byName)
-	for _, u := range all {
-		m := p.machines[u.move.To]
-		if m == nil || u.at == m || !u.placeable() || p.refuse(u, m).kind != fits {
-			continue
-		}
-		if v := p.rival(u, func(*unitState) bool { return true }); v == nil || u.at != nil {
-			p.keep(u, m)
+		if u.at != nil || p.rival(u, anyUnit) == nil {
+			p.reserve(u, n)
 		}
 	}
 }
 
-// placeable reports whether the unit is one that can be placed.
-func (u *unitState) placeable() bool {
-	return u.wanted() && u.bad == "" && !u.req.Global && len(u.frozen) == 0
+// placeable reports whether the unit is one that the engine may place.
+func (u *unitPlan) placeable() bool {
+	return u.Wanted() && u.Problem == "" && !u.Requirements.Global && u.Unreadable() == ""
 }
 
-func (p *pass) mark(u *unitState) {
-	if u.marked != p.serial {
-		u.marked = p.serial
-		p.undo = append(p.undo, was{u, u.at, u.leaving})
-	}
-}
-
-// keep counts the unit on a second machine.
-func (p *pass) keep(u *unitState, m *machine) {
-	p.mark(u)
-	u.going = m
-	p.add(m, u)
-}
-
-// put counts the unit on the machine.
-func (p *pass) put(u *unitState, m *machine) {
-	p.mark(u)
-	if u.at != nil {
-		p.remove(u.at, u)
-	}
-	if u.going != m {
-		p.add(m, u)
-	}
-	u.at, u.going = m, nil
-}
-
-func (p *pass) restore() {
-	for _, w := range slices.Backward(p.undo) {
-		u := w.u
-		if u.going != nil {
-			p.remove(u.going, u)
-			u.going = nil
-		}
-		if u.at != w.at {
-			if u.at != nil {
-				p.remove(u.at, u)
-			}
-			if u.at = w.at; u.at != nil {
-				p.add(u.at, u)
-			}
-		}
-		u.leaving = w.leaving
-	}
-}
-
-func (p *pass) emit(u *unitState, s Step) {
-	s.Unit = u.name
-	s.PlacementSeen, s.MoveSeen, s.SoloSeen, s.Exclusive = u.placementMod, u.moveMod, p.soloMod, u.req.Exclusive
+// emit adds the step to the plan, and what is the same for all steps of a unit.
+func (p *pass) emit(u *unitPlan, s Step) {
+	s.Unit, s.unit = u.Name, u.Unit
 	p.steps = append(p.steps, s)
-	u.stepped = p.serial
+	u.stepped = true
 }
 
 // decide emits the step that the unit needs, if any.
-func (p *pass) decide(u *unitState) {
-	p.unwait(u)
-	if len(u.frozen) > 0 {
-		return
-	}
-	for _, e := range u.entries {
-		if e.machine != registry.Global && (u.at == nil || e.machine != u.at.id) {
-			p.emit(u, Step{Do: Clean, Machine: e.machine, EntrySeen: e.mod, Reason: "the unit is not placed there"})
-			return
-		}
-	}
+func (p *pass) decide(u *unitPlan) {
 	switch {
+	case u.Unreadable() != "":
 	case u.at != nil && u.at.present:
-		p.placed(u, u.at)
+		p.decidePlaced(u, u.at)
 	case u.at != nil:
-		p.lost(u, u.at)
-	case u.wanted() && u.req.Global:
-		p.global(u)
-	case u.wanted():
-		p.homeless(u)
-	default:
-		p.tidy(u, u.idle())
-	}
-	if u.stepped != p.serial && (!u.wanted() || !u.req.Global) {
-		if e := u.entryOf(registry.Global); e != nil && (u.bad == "" || !u.wanted()) {
-			reason := u.idle()
-			if reason == "" {
-				reason = "it is no global unit any more"
-			}
-			p.emit(u, Step{Do: EndGlobal, EntrySeen: e.mod, Reason: reason})
-		}
+		p.decideLost(u, u.at)
+	case !u.Wanted():
+		p.tidy(u, idle(u))
+	case u.Requirements.Global && u.Problem == "":
+		p.tidy(u, "it is a global unit")
+	case !u.global:
+		p.decideNew(u)
 	}
 }
 
 // idle returns why a unit is to be nowhere, "" if it is not.
-func (u *unitState) idle() string {
+func idle(u *unitPlan) string {
 	switch {
-	case !u.known:
+	case !u.Record.Exists():
 		return "it was destroyed"
-	case !u.wanted():
+	case !u.Wanted():
 		return "its desired state is inactive"
 	}
 	return ""
 }
 
-// tidy deletes what is said of a unit that is neither placed nor to be placed.
-func (p *pass) tidy(u *unitState, reason string) {
+// tidy deletes the records that say why a unit is nowhere and where it is to
+// move, when they have lost their meaning.
+func (p *pass) tidy(u *unitPlan, reason string) {
 	switch {
-	case u.unplacedMod != 0:
-		p.emit(u, Step{Do: Clear, EndMove: u.moveMod != 0, Reason: reason})
-	case u.moveMod != 0:
+	case u.Unplaced.Exists():
+		p.emit(u, Step{Do: Clear, EndMove: u.Move.Exists(), Reason: reason})
+	case u.Move.Exists():
 		p.emit(u, Step{Do: EndMove, EndMove: true, Reason: reason})
 	}
 }
 
-// global sees to a unit that is to run on every machine.
-func (p *pass) global(u *unitState) {
-	e := u.entryOf(registry.Global)
-	if u.bad != "" {
+// decidePlaced decides about a unit on a node that is there. The node itself
+// stops a unit that is not wanted and deletes its placement.
+func (p *pass) decidePlaced(u *unitPlan, n *nodePlan) {
+	if reason := idle(u); reason != "" {
+		p.tidy(u, reason)
 		return
 	}
-	want := registry.Entry{V: registry.Version, Text: u.want.Text, Desired: u.want.Desired, Restarts: u.want.Restarts, Epoch: u.created}
-	if reason := differs(e, want); reason != "" {
-		p.emit(u, Step{Do: PutGlobal, Entry: want, Reason: reason})
-		return
-	}
-	p.tidy(u, "it is a global unit")
-}
-
-// differs returns in what an entry is not as it should be, "" if it is.
-func differs(e *entry, want registry.Entry) string {
-	switch {
-	case e == nil && want.Generation == 0:
-		return fmt.Sprintf("it shall be %s on every machine that it fits", want.Desired)
-	case e == nil:
-		return "its entry is missing"
-	case e.Text != want.Text:
-		return "its unit file has changed"
-	case e.Desired != want.Desired:
-		return fmt.Sprintf("its desired state is %s now", want.Desired)
-	case e.Restarts != want.Restarts:
-		return "somebody asked for a restart"
-	case e.Release != want.Release:
-		return "it need not leave any more"
-	case e.Entry != want:
-		return "its entry is not that of its placement"
-	}
-	return ""
-}
-
-// placed sees to a unit on a machine that is there.
-func (p *pass) placed(u *unitState, m *machine) {
-	e := u.entryOf(m.id)
-	if reason := p.leave(u, m, e); reason != "" {
-		p.mark(u)
+	placement := u.Placement.Value
+	if reason := p.mustLeave(u, n); reason != "" {
 		u.leaving = true
-		if e != nil && e.Release != "" {
-			return // it is leaving, for this reason or for one before
+		if placement.Leave == "" { // if not, it is leaving already, for this reason or for one before
+			placement.V, placement.Leave = state.Version, reason
+			p.emit(u, Step{Do: Leave, Node: n.ID, Reason: reason, Placement: placement})
 		}
-		s := Step{Do: Release, Machine: m.id, Reason: reason}
-		if e != nil {
-			s.Entry = e.Entry
-		} else {
-			s.Entry = registry.Entry{V: registry.Version, Text: u.want.Text, Desired: registry.Loaded, Generation: u.placement.Generation, Epoch: u.placement.Epoch}
-		}
-		s.Entry.Release = reason
-		p.emit(u, s)
 		return
 	}
-	if u.moveMod != 0 {
-		p.emit(u, Step{Do: EndMove, EndMove: true, Machine: u.move.To, Reason: p.moveEnd(u)})
+	u.leaving = false
+	if u.Move.Exists() {
+		p.emit(u, Step{Do: EndMove, EndMove: true, Node: moveTo(u), Reason: p.moveEnd(u)})
 		return
 	}
-	want := registry.Entry{V: registry.Version, Text: u.want.Text, Desired: u.want.Desired, Restarts: u.want.Restarts,
-		Generation: u.placement.Generation, Epoch: u.placement.Epoch}
-	if u.bad != "" {
-		if e == nil {
-			return
-		}
-		want.Text = e.Text
+	placement.V, placement.Leave = state.Version, ""
+	if u.Problem == "" { // if not, the node goes on with the file that it has
+		placement.Approved = u.Hash
 	}
-	if m.generation != u.placement.Generation {
-		s := Step{Do: Refresh, Machine: m.id, Reason: "the machine has come back", Clear: u.unplacedMod != 0}
-		want.Generation, want.Epoch = m.generation, p.revision
-		s.Entry = want
-		s.Placement = registry.Placement{V: registry.Version, Machine: m.id, Generation: m.generation, Epoch: p.revision, Reason: u.placement.Reason}
-		if s.Placement.Reason == "" {
-			s.Placement.Reason = s.Reason
-		}
-		p.emit(u, s)
+	s := Step{Node: n.ID}
+	switch was := u.Placement.Value; {
+	case was.Generation != n.generation:
+		s.Do, s.Reason, s.Clear = Refresh, "the node has come back", u.Unplaced.Exists()
+		placement.Generation, placement.Epoch = n.generation, p.snapshot.Revision
+		placement.Reason = cmp.Or(placement.Reason, s.Reason)
+	case was.Leave != "":
+		s.Do, s.Reason = Approve, "it need not leave any more"
+	case was.Approved != placement.Approved:
+		s.Do, s.Reason = Approve, "its unit file has changed"
+	default:
+		p.tidy(u, "it is on "+n.ID)
 		return
 	}
-	if reason := differs(e, want); reason != "" {
-		p.emit(u, Step{Do: Update, Machine: m.id, Entry: want, Reason: reason})
-		return
-	}
-	p.tidy(u, "it is on "+m.id)
+	s.Placement = placement
+	p.emit(u, s)
 }
 
-// leave returns why the unit must leave the machine, "" if it may stay.
-func (p *pass) leave(u *unitState, m *machine, e *entry) string {
-	if reason := u.idle(); reason != "" {
-		return reason
-	}
-	if u.bad != "" {
+// mustLeave returns why a wanted unit must leave the node on which it is, "" if
+// it may stay.
+func (p *pass) mustLeave(u *unitPlan, n *nodePlan) string {
+	if u.Problem != "" {
 		return ""
 	}
-	if u.req.Global {
-		return "it is to run on every machine now"
+	if u.Requirements.Global {
+		return "it is to run on every node now"
 	}
-	if r := p.evict(u, m); r.kind != fits {
-		return p.say(r, u, m)
+	if why := p.evict(u, n); why.kind != fits {
+		return p.say(why, u, n)
 	}
-	if u.going != nil {
-		return "it moves to " + u.going.id + ": " + u.moveReason()
+	if u.goingTo != nil {
+		return "it moves to " + u.goingTo.ID + ": " + moveReason(u)
 	}
-	t, found := m.troubles[u.name]
-	if inTrouble := found && t.epoch == u.placement.Epoch; inTrouble {
-		p.exclude(u, m, t)
-	} else if x := u.excluded[m.id]; x == nil || !x.active || e == nil || e.Release == "" {
+	trouble := ""
+	if t, found := n.troubles[u.Name]; found && t.epoch == u.Placement.Value.Epoch {
+		p.startBackOff(u, n, t)
+		trouble = t.text
+	} else if b := p.backOff(u, n); b != nil && u.Placement.Value.Leave != "" {
+		trouble = b.reason
+	}
+	if trouble == "" {
 		return ""
-	} else {
-		t.text = x.reason
 	}
-	other, _ := p.scorer.pick(u)
+	other, _ := p.pick(u)
 	if other == nil {
-		p.wait(u)
-		return ""
+		return "" // better in trouble here than nowhere
 	}
-	p.keep(u, other)
-	return "it is in trouble there: " + t.text
+	p.reserve(u, other)
+	return "it is in trouble there: " + trouble
 }
 
-func (u *unitState) moveReason() string {
-	if u.move.Reason != "" {
-		return u.move.Reason
+// moveTo returns the ID of the node that a unit is to move to, "" if its move
+// cannot be read.
+func moveTo(u *unitPlan) string {
+	if u.Move.Problem != "" {
+		return ""
 	}
-	return "somebody asked for it"
+	return u.Move.Value.To
 }
+
+func moveReason(u *unitPlan) string { return cmp.Or(u.Move.Value.Reason, "somebody asked for it") }
 
 // moveEnd says what became of a move of a unit that stays.
-func (p *pass) moveEnd(u *unitState) string {
-	m := p.machines[u.move.To]
+func (p *pass) moveEnd(u *unitPlan) string {
+	n := p.nodes[moveTo(u)]
 	switch {
-	case m == nil:
-		return "it cannot move: there is no such machine"
-	case m == u.at:
+	case n == nil:
+		return "it cannot move: there is no such node"
+	case n == u.at:
 		return "it is there"
-	case u.bad != "":
-		return "it cannot move: " + u.bad
+	case u.Problem != "":
+		return "it cannot move: " + u.Problem
 	}
-	r := p.refuse(u, m)
-	if v := p.rival(u, func(*unitState) bool { return true }); v != nil && r.kind == fits {
-		r = refusal{rival, v.name}
+	why := p.refuse(u, n)
+	if v := p.rival(u, anyUnit); v != nil && why.kind == fits {
+		why = refusal{rival, v.Name}
 	}
-	return "it cannot move: " + cmp.Or(p.say(r, u, m), "the place was taken meanwhile")
+	return "it cannot move: " + cmp.Or(p.say(why, u, n), "the place was taken meanwhile")
 }
 
-// lost sees to a unit on a machine that is gone.
-func (p *pass) lost(u *unitState, m *machine) {
-	if u.req.Exclusive && (p.solo.Machine == m.id || p.solo.Machine == anyMachine) {
-		why := fmt.Sprintf("machine %s is gone and was the only one: the unit may still run there, and there is to be one at most", m.id)
-		if reason := u.idle(); reason != "" {
-			p.tidy(u, reason)
-		} else if u.unplaced != why || u.moveMod != 0 {
-			p.emit(u, Step{Do: Explain, EndMove: u.moveMod != 0, Reason: why})
+// decideLost decides about a unit on a node that is gone.
+func (p *pass) decideLost(u *unitPlan, n *nodePlan) {
+	reason := idle(u)
+	if reason == "" && u.Requirements.Global && u.Problem == "" {
+		reason = "it is to run on every node now"
+	}
+	switch {
+	case reason != "":
+		p.emit(u, Step{Do: Forget, Node: n.ID, Clear: u.Unplaced.Exists(), Reason: "the node is gone, and " + reason})
+	case u.Problem != "":
+	case u.goingTo != nil:
+		p.place(u, u.goingTo, "it moves there: "+moveReason(u))
+	case u.Move.Exists():
+		p.emit(u, Step{Do: EndMove, EndMove: true, Node: moveTo(u), Reason: p.moveEnd(u)})
+	case n.held:
+	default:
+		to, why := p.pick(u)
+		if to != nil {
+			p.place(u, to, fmt.Sprintf("node %s is gone; %s", n.ID, why))
+			return
 		}
-		return
+		// Its placement stands: if the node comes back the unit need not even be
+		// restarted.
+		p.noteUnplaced(u, fmt.Sprintf("node %s is gone; %s", n.ID, p.summary(u)))
 	}
-	reason := u.idle()
-	if reason == "" && u.req.Global && u.bad == "" {
-		reason = "it is to run on every machine now"
-	}
-	if reason != "" {
-		p.emit(u, Step{Do: Forget, Machine: m.id, Clear: u.unplacedMod != 0, Reason: "the machine is gone, and " + reason})
-		return
-	}
-	if u.bad != "" {
-		return
-	}
-	if u.going != nil {
-		p.place(u, u.going, "it moves there: "+u.moveReason())
-		return
-	}
-	if u.moveMod != 0 {
-		p.emit(u, Step{Do: EndMove, EndMove: true, Machine: u.move.To, Reason: p.moveEnd(u)})
-		return
-	}
-	if _, held := p.held[m]; held {
-		return
-	}
-	if to, why := p.scorer.pick(u); to != nil {
-		p.place(u, to, fmt.Sprintf("machine %s is gone; %s", m.id, why))
-		return
-	}
-	// Its placement stands: if the machine comes back the unit need not even
-	// be restarted.
-	p.nowhere(u, fmt.Sprintf("machine %s is gone; %s", m.id, p.summary(u)))
 }
 
-// homeless sees to a unit that is to be somewhere and is nowhere.
-func (p *pass) homeless(u *unitState) {
-	if u.bad != "" {
-		if u.unplaced != u.bad {
-			p.emit(u, Step{Do: Explain, EndMove: u.moveMod != 0, Reason: u.bad})
-		}
+// decideNew decides about a unit that is to be somewhere and is nowhere.
+func (p *pass) decideNew(u *unitPlan) {
+	if u.Problem != "" {
+		p.noteUnplaced(u, u.Problem)
 		return
 	}
-	if u.going != nil {
-		p.place(u, u.going, "it moves there: "+u.moveReason())
+	if u.goingTo != nil {
+		p.place(u, u.goingTo, "it moves there: "+moveReason(u))
 		return
 	}
-	signature := ""
-	if len(p.failed) > 0 {
-		signature = p.signature(u)
-		if why, failed := p.failed[signature]; failed {
-			p.nowhere(u, why)
+	key := ""
+	if len(p.hopeless) > 0 {
+		key = p.requirementsKey(u)
+		if why, known := p.hopeless[key]; known && key != "" {
+			p.noteUnplaced(u, why)
 			return
 		}
 	}
-	if m, why := p.scorer.pick(u); m != nil {
-		if u.moveMod != 0 {
+	if n, why := p.pick(u); n != nil {
+		if u.Move.Exists() {
 			why += "; " + p.moveEnd(u)
 		}
-		p.place(u, m, why)
+		p.place(u, n, why)
 		return
 	}
 	why := p.summary(u)
-	if signature = p.signature(u); !strings.HasPrefix(signature, "=") {
-		p.failed[signature] = why
+	if key = p.requirementsKey(u); key != "" {
+		p.hopeless[key] = why
 	}
-	p.nowhere(u, why)
+	p.noteUnplaced(u, why)
 }
 
-func (p *pass) nowhere(u *unitState, why string) {
-	p.wait(u)
-	if u.unplaced != why || u.moveMod != 0 {
-		p.emit(u, Step{Do: Explain, EndMove: u.moveMod != 0, Reason: why})
-	}
-}
-
-// place puts the unit on a machine.
-func (p *pass) place(u *unitState, m *machine, reason string) {
-	s := Step{Do: Place, Machine: m.id, Reason: reason, EndMove: u.moveMod != 0, Clear: u.unplacedMod != 0}
+// place puts the unit on a node.
+func (p *pass) place(u *unitPlan, n *nodePlan, reason string) {
+	s := Step{Do: Place, Node: n.ID, Reason: reason, EndMove: u.Move.Exists(), Clear: u.Unplaced.Exists()}
 	if u.at != nil {
-		s.From = u.at.id
+		s.From = u.at.ID
 	}
-	s.Placement = registry.Placement{V: registry.Version, Machine: m.id, Generation: m.generation, Epoch: p.revision, Reason: reason}
-	s.Entry = registry.Entry{V: registry.Version, Text: u.want.Text, Desired: u.want.Desired, Restarts: u.want.Restarts,
-		Generation: m.generation, Epoch: p.revision}
+	s.Placement = state.Placement{V: state.Version, Node: n.ID, Generation: n.generation, Epoch: p.snapshot.Revision, Approved: u.Hash, Reason: reason}
 	p.emit(u, s)
-	p.put(u, m)
-	for f := range p.followers[u.name] {
-		p.again = append(p.again, f)
+	p.put(u, n)
+	p.again = append(p.again, p.followers[u.Name]...)
+}
+
+// noteUnplaced notes why the unit is on no node that is there. What is new is
+// told at once. An explanation that is there already and is not exact any more
+// waits until nothing else is to be done, see explainUnplaced.
+func (p *pass) noteUnplaced(u *unitPlan, why string) {
+	if u.nowhere == "" {
+		p.unplaced = append(p.unplaced, u)
 	}
+	u.nowhere = why
+	if !u.Unplaced.Exists() || u.Move.Exists() {
+		p.emit(u, Step{Do: Unplaced, EndMove: u.Move.Exists(), Reason: why})
+	}
+}
+
+// explainUnplaced returns how many units are on no node that is there. If the
+// plan has no other step for any unit it puts right what was written about them:
+// while many units move, what stands in the way of the others changes with each
+// of them, and writing all of that would slow the moves down.
+func (p *pass) explainUnplaced() (count int) {
+	busy := slices.ContainsFunc(p.steps, func(s Step) bool { return s.Unit != "" })
+	for _, u := range p.unplaced {
+		if u.at != nil && u.at.present {
+			continue // it was placed later in the same plan
+		}
+		count++
+		if !busy && (u.Unplaced.Problem != "" || u.Unplaced.Value.Reason != u.nowhere) {
+			p.emit(u, Step{Do: Unplaced, Reason: u.nowhere})
+		}
+	}
+	return count
+}
+
+// templateOf returns the template of which the unit is an instance, "" if it is
+// none.
+func templateOf(name string) string {
+	if n, _ := unit.SplitName(name); n.IsInstance() {
+		return n.Template()
+	}
+	return ""
 }

@@ -12,22 +12,23 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
+	"flotilla/internal/unit"
 )
 
 var update = flag.Bool("update", false, "rewrite testdata/*.plan; review the difference")
 
 // TestGoldenPlans runs the scripts of testdata; below "----" is what they say.
 //
-//	machine m1 zone=a memory=100 gpu#2 nounits   a machine comes, or changes
+//	node m1 zone=a memory=100 gpu#2 nounits      a node comes, or changes
 //	gone m1                                      it goes
 //	set m1 zone=b cordon drain uncordon undrain  settings
 //	unit a.service launched: Conflicts=b*; Spread=no
 //	stop a.service | load a.service | start a.service | restart a.service | destroy a.service
 //	trouble m1 a.service it cannot be loaded     m1's only trouble; without a unit: none
-//	move a.service m2 | solo m1 | allow | raw <key> <value> | after 10m
+//	move a.service m2 | allow | raw <key> <value> | after 10m
 //	plan                                         one plan, written
-//	agents                                       what is to be released is
+//	agents                                       nodes let go of what they are to
 //	settle                                       both until nothing is left to do
 //	explain a.service | summary a.service | rebalance | where
 func TestGoldenPlans(t *testing.T) {
@@ -80,13 +81,12 @@ func goldenPlan(t *testing.T, in string) string {
 			return ""
 		}
 		switch f[0] {
-		case "machine":
-			w.machine(f[1], func(m *registry.Machine) { describe(m, f[2:]) })
+		case "node":
+			w.node(f[1], func(n *state.NodeRecord) { describe(n, f[2:]) })
 		case "gone":
-			w.del(keys.Machine(f[1]))
-			w.del(keys.States(f[1]))
+			w.gone(f[1])
 		case "set":
-			w.settings(f[1], func(s *registry.Settings) {
+			w.settings(f[1], func(s *state.Settings) {
 				for _, word := range f[2:] {
 					switch key, value, isPair := strings.Cut(word, "="); {
 					case isPair:
@@ -102,33 +102,29 @@ func goldenPlan(t *testing.T, in string) string {
 			if options != "" {
 				lines = strings.Split(options, "; ")
 			}
-			w.unit(f[1], registry.Desired(f[2]), lines...)
+			w.unit(f[1], unit.Desired(f[2]), lines...)
 		case "stop":
-			w.desire(f[1], registry.Inactive)
+			w.desire(f[1], unit.Inactive)
 		case "load":
-			w.desire(f[1], registry.Loaded)
+			w.desire(f[1], unit.Loaded)
 		case "start":
-			w.desire(f[1], registry.Launched)
+			w.desire(f[1], unit.Launched)
 		case "restart":
 			u := w.want(f[1])
 			u.Restarts++
-			w.put(keys.Unit(f[1]), registry.Encode(u))
+			w.put(keys.Unit(f[1]), state.Encode(u))
 		case "destroy":
 			w.del(keys.Unit(f[1]))
 		case "trouble":
-			states := registry.States{V: registry.Version, Units: map[string]registry.State{}}
+			units := map[string]state.UnitState{}
 			if arg(2) != "" {
-				states.Units[f[2]] = registry.State{Epoch: w.placement(f[2]).Epoch, Trouble: strings.Join(f[3:], " ")}
+				units[f[2]] = state.UnitState{Epoch: w.placement(f[2]).Epoch, Trouble: strings.Join(f[3:], " ")}
 			}
-			w.put(keys.States(f[1]), registry.Encode(states))
+			w.report(f[1], units)
 		case "move":
-			w.put(keys.Move(f[1]), registry.Encode(registry.Move{V: registry.Version, To: f[2], Reason: "by hand"}))
-		case "solo":
-			w.put(keys.Solo(), registry.Encode(registry.Solo{V: registry.Version, Machine: f[1]}))
-		case "nosolo":
-			w.del(keys.Solo())
+			w.put(keys.Move(f[1]), state.Encode(state.Move{V: state.Version, To: f[2], Reason: "by hand"}))
 		case "allow":
-			w.put(keys.Failover(), registry.Encode(registry.Failover{V: registry.Version, Allowed: true}))
+			w.put(keys.Failover(), state.Encode(state.Failover{V: state.Version, Allowed: true}))
 		case "raw":
 			w.put(f[1], strings.Join(f[2:], " "))
 		case "unraw":
@@ -159,21 +155,21 @@ func goldenPlan(t *testing.T, in string) string {
 			show(steps)
 		case "explain":
 			fmt.Fprintf(&out, "%s\n", line)
-			for _, v := range w.c.Explain(f[1]) {
-				fmt.Fprintf(&out, "%s %s %s\n", v.Machine, v.Verdict, v.Reason+v.Score)
+			for _, v := range Explain(w.snapshot(), f[1]) {
+				fmt.Fprintf(&out, "%s %s %s\n", v.NodeID, v.Verdict, v.Reason+v.Score)
 			}
 		case "summary":
-			fmt.Fprintf(&out, "%s\n%s\n", line, w.c.Summary(f[1]))
+			fmt.Fprintf(&out, "%s\n%s\n", line, Summary(w.snapshot(), f[1]))
 		case "rebalance":
 			fmt.Fprintf(&out, "%s\n", line)
-			for _, m := range w.c.Rebalance() {
+			for _, m := range Rebalance(w.snapshot()) {
 				fmt.Fprintf(&out, "%s from %s to %s: %s\n", m.Unit, m.From, m.To, m.Reason)
 			}
 		case "where":
 			fmt.Fprintf(&out, "%s\n", line)
-			for _, key := range w.under("placements/") {
-				name := strings.TrimPrefix(key, keys.Prefix+"placements/")
-				fmt.Fprintf(&out, "%s %s\n", name, w.placement(name).Machine)
+			for _, key := range w.under("cluster/placements/") {
+				name := strings.TrimPrefix(key, keys.Prefix+"cluster/placements/")
+				fmt.Fprintf(&out, "%s %s\n", name, w.placement(name).Node)
 			}
 		default:
 			t.Fatalf("unknown line %q", line)
@@ -182,23 +178,23 @@ func goldenPlan(t *testing.T, in string) string {
 	return out.String()
 }
 
-func describe(m *registry.Machine, words []string) {
+func describe(n *state.NodeRecord, words []string) {
 	for _, word := range words {
-		if name, n, isCounter := strings.Cut(word, "#"); isCounter {
-			m.Counters[name], _ = strconv.ParseInt(n, 10, 64)
+		if name, count, isCounter := strings.Cut(word, "#"); isCounter {
+			n.Counters[name], _ = strconv.ParseInt(count, 10, 64)
 			continue
 		}
 		key, value, _ := strings.Cut(word, "=")
-		n, _ := strconv.ParseInt(value, 10, 64)
+		amount, _ := strconv.ParseInt(value, 10, 64)
 		switch key {
 		case "nounits":
-			m.Units = false
+			n.Units = false
 		case "memory":
-			m.Memory = n
+			n.Memory = amount
 		case "cpu":
-			m.CPU = n
+			n.CPU = amount
 		default:
-			m.Metadata[key] = value
+			n.Metadata[key] = value
 		}
 	}
 }

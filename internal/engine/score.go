@@ -4,66 +4,51 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
+
+	"flotilla/internal/text"
 )
 
-// score is how well a machine suits a unit; less is better, from the first
-// field to the last, and then the machine's ID decides.
+// score is how well a node suits a unit; less is better, from the first field to
+// the last, and then the node's ID decides.
 type score struct {
-	instances int   // of its template that are on the machine
-	shared    []int // for each key of SpreadOver: instances on machines with the same value
+	instances int   // of the unit's template that are on the node
+	shared    []int // for each key of SpreadOver: instances on nodes with the same value
 	load      int
 }
 
-// better reports whether a is better than b but for load.
-func (a *score) better(b *score) bool {
+// better reports whether a is better than b, load left aside.
+func (a score) better(b score) bool {
 	if a.instances != b.instances {
 		return a.instances < b.instances
 	}
-	for i := range a.shared {
-		if a.shared[i] != b.shared[i] {
-			return a.shared[i] < b.shared[i]
+	return slices.Compare(a.shared, b.shared) < 0
+}
+
+// score returns how well the node suits the unit. The slice of the result is
+// that of into, which the caller reuses.
+func (p *pass) score(u *unitPlan, n *nodePlan, into []int) score {
+	s := score{load: n.load, shared: into[:0]}
+	if g := p.groupOf(u); g != nil {
+		s.instances = g.on[n]
+		for _, key := range u.Requirements.SpreadOver {
+			s.shared = append(s.shared, g.over[key][n.Metadata[key]])
 		}
 	}
-	return false
+	return s
 }
 
-// scorer finds the best machine for units during one Plan, in which the set of
-// open machines does not change.
-type scorer struct {
-	c      *Cluster
-	values map[string]map[string]struct{} // of a metadata key, among open machines
-	scored score                          // reused
-	list   []*machine                     // reused
-}
-
-func (s *scorer) score(u *unitState, m *machine) *score {
-	s.scored.load = m.load
-	s.scored.instances, s.scored.shared = 0, s.scored.shared[:0]
-	if u.group != nil {
-		s.scored.instances = u.group.on[m]
-		for _, key := range u.req.SpreadOver {
-			s.scored.shared = append(s.scored.shared, u.group.over[key][m.metadata[key]])
-		}
-	}
-	return &s.scored
-}
-
-// best is a score that no machine can beat but for load.
-func (s *scorer) best(u *unitState) score {
-	if u.group == nil {
+// best returns a score that no open node can beat, load left aside.
+func (p *pass) best(u *unitPlan) score {
+	g := p.groupOf(u)
+	if g == nil {
 		return score{}
 	}
-	b := score{instances: u.group.least(s.c.present)}
-	for _, key := range u.req.SpreadOver {
-		if s.values[key] == nil {
-			s.values[key] = map[string]struct{}{}
-			for _, m := range s.c.order {
-				s.values[key][m.metadata[key]] = struct{}{}
-			}
-		}
+	b := score{instances: g.least()}
+	for _, key := range u.Requirements.SpreadOver {
 		least := -1
-		for value := range s.values[key] {
-			if n := u.group.over[key][value]; least < 0 || n < least {
+		for value := range p.values(key) {
+			if n := g.over[key][value]; least < 0 || n < least {
 				least = n
 			}
 		}
@@ -72,50 +57,64 @@ func (s *scorer) best(u *unitState) score {
 	return b
 }
 
-// pick returns the machine that suits the unit best of those that take it, or
-// nil, and why that one.
-func (s *scorer) pick(u *unitState) (*machine, string) {
-	c := s.c
-	if u.class.count == 0 || c.rival(u, func(*unitState) bool { return true }) != nil {
+// values returns the values that open nodes have for a key of their metadata.
+func (p *pass) values(key string) map[string]bool {
+	if p.spread[key] == nil {
+		p.spread[key] = map[string]bool{}
+		for _, n := range p.order {
+			p.spread[key][n.Metadata[key]] = true
+		}
+	}
+	return p.spread[key]
+}
+
+// fewNodes is up to how many nodes that a unit is for are sorted by themselves,
+// instead of looking for them among all nodes.
+const fewNodes = 32
+
+// pick returns the node that suits the unit best of those that take it, nil if
+// none does, and why that one.
+func (p *pass) pick(u *unitPlan) (*nodePlan, string) {
+	c := p.classOf(u)
+	if c.count == 0 || p.rival(u, anyUnit) != nil {
 		return nil, ""
 	}
-	candidates, reason := c.order, ""
-	if len(u.req.MachineOf) > 0 {
-		for _, name := range u.req.MachineOf {
-			if v := c.units[name]; v == nil {
-				return nil, ""
-			} else if !c.isGlobal(v) {
-				if v.at == nil {
-					return nil, ""
-				}
-				candidates, reason = append(s.list[:0], v.at), "with "+name
-				break
+	candidates, reason := p.order, ""
+	switch {
+	case len(u.Requirements.MachineOf) > 0:
+		at, with, known := p.peersNode(u)
+		if !known {
+			return nil, ""
+		}
+		if at != nil {
+			p.list = append(p.list[:0], at)
+			candidates, reason = p.list, "with "+with
+		}
+	case c.count <= fewNodes:
+		p.list = p.list[:0]
+		for _, n := range p.order {
+			if c.has[n.index] {
+				p.list = append(p.list, n)
 			}
 		}
-	} else if u.class.count <= 32 {
-		s.list = s.list[:0]
-		u.class.each(func(i int) {
-			if m := c.classes.machines[i]; m.open {
-				s.list = append(s.list, m)
-			}
-		})
-		if slices.SortFunc(s.list, byLoad); u.class.count == 1 {
-			reason = "the only machine that it is for"
+		if candidates = p.list; c.count == 1 {
+			reason = "the only node that it is for"
 		}
-		candidates = s.list
 	}
-	best := s.best(u)
-	var found *machine
+	best := p.best(u)
+	var found *nodePlan
 	var has score
-	for _, m := range candidates {
-		if m == u.at || !u.class.has(m) || c.refuse(u, m).kind != fits {
+	var tried, kept []int
+	for _, n := range candidates {
+		if n == u.at || !c.has[n.index] || p.refuse(u, n).kind != fits {
 			continue
 		}
-		sc := s.score(u, m)
-		if found == nil || sc.better(&has) {
-			found = m
-			has = score{sc.instances, append(has.shared[:0], sc.shared...), sc.load}
-			if !best.better(&has) {
+		s := p.score(u, n, tried)
+		tried = s.shared
+		if found == nil || s.better(has) {
+			kept = append(kept[:0], s.shared...)
+			found, has = n, score{s.instances, kept, s.load}
+			if !best.better(has) {
 				break
 			}
 		}
@@ -124,22 +123,131 @@ func (s *scorer) pick(u *unitState) (*machine, string) {
 		return nil, ""
 	}
 	if reason == "" {
-		reason = "it has the " + has.text(u, found)
+		reason = "it has the " + p.praise(u, found, has)
 	}
 	return found, reason
 }
 
-// text says what counted.
-func (a *score) text(u *unitState, m *machine) string {
-	load := "fewest units (" + strconv.Itoa(a.load) + ")"
-	if u.group == nil {
-		return load
-	}
-	text := fmt.Sprintf("fewest instances of %s (%d", u.group.template, a.instances)
-	for i, key := range u.req.SpreadOver {
-		if value := m.metadata[key]; value != "" {
-			text += fmt.Sprintf(", %d with %s=%s", a.shared[i], key, value)
+// peersNode returns the node of the units that u must be with, and which of them
+// has it: nil if all of them are global, and not known if one is nowhere.
+func (p *pass) peersNode(u *unitPlan) (at *nodePlan, with string, known bool) {
+	for _, name := range u.Requirements.MachineOf {
+		switch v := p.named[name]; {
+		case v == nil, !v.global && v.at == nil:
+			return nil, "", false
+		case !v.global:
+			return v.at, name, true
 		}
 	}
-	return text + ") and the " + load
+	return nil, "", true
+}
+
+// praise says in words what counted for a node.
+func (p *pass) praise(u *unitPlan, n *nodePlan, s score) string {
+	load := "fewest units (" + strconv.Itoa(s.load) + ")"
+	g := p.groupOf(u)
+	if g == nil {
+		return load
+	}
+	words := fmt.Sprintf("fewest instances of %s (%d", g.template, s.instances)
+	for i, key := range u.Requirements.SpreadOver {
+		if value := n.Metadata[key]; value != "" {
+			words += fmt.Sprintf(", %d with %s=%s", s.shared[i], key, value)
+		}
+	}
+	return words + ") and the " + load
+}
+
+// measures gives the numbers of a score.
+func (p *pass) measures(u *unitPlan, n *nodePlan, s score) string {
+	var words []string
+	if g := p.groupOf(u); g != nil {
+		words = append(words, text.Count(s.instances, "instance")+" of "+g.template)
+		for i, key := range u.Requirements.SpreadOver {
+			if value := n.Metadata[key]; value != "" {
+				words = append(words, fmt.Sprintf("%d with %s=%s", s.shared[i], key, value))
+			}
+		}
+	}
+	return strings.Join(append(words, text.Count(s.load, "unit")), ", ")
+}
+
+// group is the instances of one template that are to be spread, and where they
+// are.
+type group struct {
+	template string
+	on       map[*nodePlan]int
+	nodes    []int                     // [i]: how many open nodes have i of them
+	over     map[string]map[string]int // by metadata key and value: how many are on nodes with it
+}
+
+// groupOf returns the group of a unit, nil if it is not spread. The first call
+// makes the groups of all units, which most plans do not need.
+func (p *pass) groupOf(u *unitPlan) *group {
+	if p.groups == nil {
+		p.makeGroups()
+	}
+	return u.group
+}
+
+func (p *pass) makeGroups() {
+	p.groups = map[string]*group{}
+	for i := range p.units {
+		u := &p.units[i]
+		r := u.Requirements
+		if !r.Spread || r.Global {
+			continue
+		}
+		template := templateOf(u.Name)
+		if template == "" {
+			continue
+		}
+		g := p.groups[template]
+		if g == nil {
+			g = &group{template: template, on: map[*nodePlan]int{}, nodes: []int{len(p.order)}, over: map[string]map[string]int{}}
+			p.groups[template] = g
+		}
+		for _, key := range r.SpreadOver {
+			if g.over[key] == nil {
+				g.over[key] = map[string]int{}
+			}
+		}
+		u.group = g
+	}
+	for i := range p.units {
+		u := &p.units[i]
+		if u.group == nil {
+			continue
+		}
+		if u.at != nil {
+			u.group.count(u.at, 1)
+		}
+		if u.goingTo != nil {
+			u.group.count(u.goingTo, 1)
+		}
+	}
+}
+
+// count adds instances on a node, or takes them away.
+func (g *group) count(n *nodePlan, by int) {
+	if !n.present {
+		return
+	}
+	was := g.on[n]
+	g.on[n] = was + by
+	if n.open {
+		for len(g.nodes) <= was+by {
+			g.nodes = append(g.nodes, 0)
+		}
+		g.nodes[was]--
+		g.nodes[was+by]++
+	}
+	for key, values := range g.over {
+		values[n.Metadata[key]] += by
+	}
+}
+
+// least returns the lowest number of instances on any open node.
+func (g *group) least() int {
+	return max(0, slices.IndexFunc(g.nodes, func(nodes int) bool { return nodes > 0 }))
 }

@@ -2,29 +2,47 @@ package engine
 
 import (
 	"fmt"
+	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
 )
 
-var keys = registry.Keys{Prefix: "/flotilla/"}
+var keys = state.Keys{Prefix: "/flotilla/"}
 
-// world is a store and agents for tests of the plan: every change of a record
-// is fed to the cluster at once.
+// world is a store and nodes for tests of the plan. The snapshot is folded from
+// what has changed, as that of a Feed is.
 type world struct {
-	c        *Cluster
 	records  map[string]store.KV
 	revision int64
+	events   []store.Event // not yet in folded
+	folded   *state.Snapshot
+	memory   Memory
 	now      time.Time
-	next     time.Time // when Plan wants to be called
+	next     time.Time // when to plan again
 }
 
 func newWorld() *world {
-	return &world{c: NewCluster(keys), records: map[string]store.KV{}, now: time.Unix(1_000_000, 0)}
+	return &world{folded: state.Load(keys, nil, 0), records: map[string]store.KV{}, now: time.Unix(1_000_000, 0)}
+}
+
+// snapshot returns the snapshot of the present records.
+func (w *world) snapshot() *state.Snapshot {
+	if len(w.events) > 0 || w.folded.Revision != w.revision {
+		w.folded = state.Fold(keys, w.folded, store.Update{Revision: w.revision, Events: w.events})
+		w.events = nil
+	}
+	return w.folded
+}
+
+// load returns a snapshot of one who has not seen the records before.
+func (w *world) load() *state.Snapshot {
+	return state.Load(keys, slices.Collect(maps.Values(w.records)), w.revision)
 }
 
 func (w *world) put(key, value string) {
@@ -38,8 +56,7 @@ func (w *world) write(key, value string) {
 		kv.CreateRevision = old.CreateRevision
 	}
 	w.records[key] = kv
-	w.c.Set(kv)
-	w.c.Advance(w.revision)
+	w.events = append(w.events, store.Event{KV: kv})
 }
 
 func (w *world) del(key string) {
@@ -50,9 +67,8 @@ func (w *world) del(key string) {
 func (w *world) erase(key string) {
 	if _, ok := w.records[key]; ok {
 		delete(w.records, key)
-		w.c.Delete(key)
+		w.events = append(w.events, store.Event{KV: store.KV{Key: key, ModRevision: w.revision}, Deleted: true})
 	}
-	w.c.Advance(w.revision)
 }
 
 // apply does a step as the store would: not at all if a guard does not hold.
@@ -79,25 +95,39 @@ func (w *world) apply(s Step) error {
 }
 
 func (w *world) plan() []Step {
-	var steps []Step
-	steps, w.next = w.c.Plan(w.now)
-	return steps
+	r := Plan(Input{Snapshot: w.snapshot(), Now: w.now, Memory: w.memory})
+	w.memory, w.next = r.Memory, r.Next
+	return r.Steps
 }
 
-// agents has every machine that is there stop and forget what it is to release.
+// agents has every node that is there stop and let go of what is to leave or is
+// not wanted any more.
 func (w *world) agents() (done int) {
-	for _, key := range w.under("schedules/") {
-		id, name, _ := strings.Cut(strings.TrimPrefix(key, keys.Prefix+"schedules/"), "/")
-		e, err := registry.Decode[registry.Entry](w.records[key].Value)
-		if _, there := w.records[keys.Machine(id)]; err != nil || !there || e.Release == "" {
-			continue
-		}
-		done++
-		w.revision++
-		w.erase(key)
-		w.erase(keys.Placement(name))
+	for name := range w.snapshot().Units {
+		done += w.agent(name)
 	}
 	return done
+}
+
+// agent does so for one unit.
+func (w *world) agent(name string) (done int) {
+	kv, placed := w.records[keys.Placement(name)]
+	if !placed {
+		return 0
+	}
+	p, err := state.Decode[state.Placement](kv.Value)
+	if _, there := w.records[keys.Node(p.Node)]; err != nil || !there || p.Leave == "" && w.wanted(name) {
+		return 0
+	}
+	w.del(keys.Placement(name))
+	return 1
+}
+
+// wanted reports whether a unit is to be somewhere, or may be.
+func (w *world) wanted(name string) bool {
+	kv, ok := w.records[keys.Unit(name)]
+	u, err := state.Decode[state.UnitRecord](kv.Value)
+	return ok && (err != nil || u.Desired != unit.Inactive)
 }
 
 func (w *world) under(prefix string) []string {
@@ -111,7 +141,7 @@ func (w *world) under(prefix string) []string {
 	return found
 }
 
-// settle plans, writes and lets agents work until nothing is left to do, and
+// settle plans, writes and lets nodes work until nothing is left to do, and
 // returns all steps.
 func (w *world) settle() ([]Step, error) {
 	var all []Step
@@ -130,48 +160,62 @@ func (w *world) settle() ([]Step, error) {
 	return all, fmt.Errorf("there is no end of it, at last %v", all[max(0, len(all)-5):])
 }
 
-func (w *world) unit(name string, desired registry.Desired, options ...string) {
+func (w *world) unit(name string, desired unit.Desired, options ...string) {
 	text := "[Service]\nExecStart=/bin/true\n"
 	if len(options) > 0 {
 		text += "[X-Fleet]\n" + strings.Join(options, "\n") + "\n"
 	}
-	w.put(keys.Unit(name), registry.Encode(registry.Unit{V: registry.Version, Text: text, Desired: desired}))
+	w.put(keys.Unit(name), state.Encode(state.UnitRecord{V: state.Version, Text: text, Desired: desired}))
 }
 
-func (w *world) want(name string) registry.Unit {
-	u, _ := registry.Decode[registry.Unit](w.records[keys.Unit(name)].Value)
+func (w *world) want(name string) state.UnitRecord {
+	u, _ := state.Decode[state.UnitRecord](w.records[keys.Unit(name)].Value)
 	return u
 }
 
-func (w *world) desire(name string, desired registry.Desired) {
+func (w *world) desire(name string, desired unit.Desired) {
 	u := w.want(name)
 	u.Desired = desired
-	w.put(keys.Unit(name), registry.Encode(u))
+	w.put(keys.Unit(name), state.Encode(u))
 }
 
-func (w *world) machine(id string, change func(*registry.Machine)) {
-	m := registry.Machine{V: registry.Version, ID: id, Node: "node-" + id, Units: true, Metadata: map[string]string{}, Counters: map[string]int64{}}
+func (w *world) node(id string, change func(*state.NodeRecord)) {
+	n := state.NodeRecord{V: state.Version, ID: id, Name: "node-" + id, Units: true, Metadata: map[string]string{}, Counters: map[string]int64{}}
 	if change != nil {
-		change(&m)
+		change(&n)
 	}
-	w.put(keys.Machine(id), registry.Encode(m))
+	w.put(keys.Node(id), state.Encode(n))
 }
 
-func (w *world) settings(id string, change func(*registry.Settings)) {
-	s, err := registry.Decode[registry.Settings](w.records[keys.Settings(id)].Value)
+// gone ends the lease of a node.
+func (w *world) gone(id string) {
+	w.revision++
+	w.erase(keys.Node(id))
+	w.erase(keys.UnitsReport(id))
+}
+
+// report has the engine see what a node says of its units, even if it does not
+// plan before the next change.
+func (w *world) report(id string, units map[string]state.UnitState) {
+	w.put(keys.UnitsReport(id), state.Encode(state.UnitsReport{V: state.Version, Units: units}))
+	w.memory = w.memory.Saw(w.snapshot())
+}
+
+func (w *world) settings(id string, change func(*state.Settings)) {
+	s, err := state.Decode[state.Settings](w.records[keys.Settings(id)].Value)
 	if err != nil {
-		s = registry.Settings{V: registry.Version, Metadata: map[string]string{}}
+		s = state.Settings{V: state.Version, Metadata: map[string]string{}}
 	}
 	if s.Metadata == nil {
 		s.Metadata = map[string]string{}
 	}
 	change(&s)
-	w.put(keys.Settings(id), registry.Encode(s))
+	w.put(keys.Settings(id), state.Encode(s))
 }
 
 // placement returns where a unit is placed; "" if it is nowhere.
-func (w *world) placement(name string) registry.Placement {
-	p, _ := registry.Decode[registry.Placement](w.records[keys.Placement(name)].Value)
+func (w *world) placement(name string) state.Placement {
+	p, _ := state.Decode[state.Placement](w.records[keys.Placement(name)].Value)
 	return p
 }
 
@@ -187,3 +231,14 @@ func requirements(name, text string) *unit.Requirements {
 	}
 	return r
 }
+
+func hashOf(text string) string {
+	f, err := unit.Parse(text)
+	if err != nil {
+		return ""
+	}
+	return f.Hash().String()
+}
+
+// same compares all of two values, also what steps were planned from.
+func same(a, b any) bool { return reflect.DeepEqual(a, b) }

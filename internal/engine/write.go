@@ -1,7 +1,9 @@
 package engine
 
 import (
-	"flotilla/internal/registry"
+	"iter"
+
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 )
 
@@ -20,62 +22,46 @@ type guard struct {
 
 // writes returns what a step means for the records: the changes, and under which
 // conditions they are to be made.
-func (s Step) writes(k registry.Keys) (changes []change, guards []guard) {
+func (s Step) writes(k state.Keys) (changes []change, guards []guard) {
 	put := func(key, value string) { changes = append(changes, change{key: key, value: value}) }
 	del := func(key string) { changes = append(changes, change{key: key, delete: true}) }
 	unchanged := func(key string, revision int64) { guards = append(guards, guard{key: key, revision: revision}) }
-	placement := k.Placement(s.Unit)
-	leavesLost := func(machine string) { // nobody may have come back, nor be alone
-		unchanged(k.Machine(machine), 0)
-		if s.Exclusive {
-			unchanged(k.Solo(), s.SoloSeen)
+	if s.unit == nil {
+		unchanged(k.Failover(), s.failover.Modified)
+		switch s.Do {
+		case Hold, Allow:
+			put(k.Failover(), s.failover.With(s.Failover))
+		case EndHold:
+			del(k.Failover())
 		}
+		return changes, guards
 	}
+	placement := k.Placement(s.Unit)
 	switch s.Do {
-	case Place, Refresh:
-		unchanged(placement, s.PlacementSeen)
-		guards = append(guards, guard{key: k.Machine(s.Machine), created: true, revision: s.Placement.Generation})
-		if s.From != "" {
-			leavesLost(s.From)
-			del(k.Entry(s.From, s.Unit))
-		}
-		put(placement, registry.Encode(s.Placement))
-		put(k.Entry(s.Machine, s.Unit), registry.Encode(s.Entry))
-	case Update, Release:
-		unchanged(placement, s.PlacementSeen)
-		put(k.Entry(s.Machine, s.Unit), registry.Encode(s.Entry))
+	case Place, Refresh, Approve, Leave:
+		unchanged(placement, s.unit.Placement.Modified)
+		put(placement, s.unit.Placement.With(s.Placement))
 	case Forget:
-		unchanged(placement, s.PlacementSeen)
-		leavesLost(s.Machine)
-		del(k.Entry(s.Machine, s.Unit))
+		unchanged(placement, s.unit.Placement.Modified)
+		unchanged(k.Node(s.Node), 0) // it has not come back
 		del(placement)
-	case Clean:
-		unchanged(placement, s.PlacementSeen)
-		unchanged(k.Entry(s.Machine, s.Unit), s.EntrySeen)
-		del(k.Entry(s.Machine, s.Unit))
-	case Explain:
-		unchanged(placement, s.PlacementSeen)
-		put(k.Unplaced(s.Unit), registry.Encode(registry.Unplaced{V: registry.Version, Reason: s.Reason}))
+	case Unplaced:
+		unchanged(placement, s.unit.Placement.Modified)
+		put(k.Unplaced(s.Unit), s.unit.Unplaced.With(state.Unplaced{V: state.Version, Reason: s.Reason}))
 	case Clear:
 		del(k.Unplaced(s.Unit))
-	case PutGlobal:
-		guards = append(guards, guard{key: k.Unit(s.Unit), created: true, revision: s.Entry.Epoch})
-		put(k.Entry(registry.Global, s.Unit), registry.Encode(s.Entry))
-	case EndGlobal:
-		unchanged(k.Entry(registry.Global, s.Unit), s.EntrySeen)
-		del(k.Entry(registry.Global, s.Unit))
-	case Hold, Allow:
-		unchanged(k.Failover(), s.FailoverSeen)
-		put(k.Failover(), registry.Encode(s.Failover))
-	case EndHold:
-		unchanged(k.Failover(), s.FailoverSeen)
-		del(k.Failover())
+	}
+	if s.Do == Place || s.Do == Refresh {
+		guards = append(guards, guard{key: k.Node(s.Node), created: true, revision: s.Placement.Generation})
+	}
+	if s.From != "" {
+		unchanged(k.Node(s.From), 0)
 	}
 	if s.Clear {
 		del(k.Unplaced(s.Unit))
 	}
 	if s.EndMove {
-		unchanged(k.Move(s.Unit), s.MoveSeen)
+		unchanged(k.Move(s.Unit), s.unit.Move.Modified)
 		del(k.Move(s.Unit))
 	}
 	return changes, guards
@@ -90,52 +76,62 @@ type batch struct {
 	size   int // bytes of the values
 }
 
-// Limits of one batch: those of the store less the leader's condition, and
-// half of what one request may be long.
-const (
-	maxUnits = 40
-	maxBytes = 512 << 10
-)
+// maxBytes is how long the values of one batch may be: half of what one request
+// may be long. Its other limits are those of the store, of which the leader's
+// condition takes one.
+const maxBytes = 512 << 10
 
-// pack puts steps into as few transactions as they fit in. The leader's
-// condition is not yet in them.
-func pack(k registry.Keys, steps []Step) []batch {
-	var all []batch
-	b := batch{guards: map[guard]struct{}{}}
-	for _, s := range steps {
-		changes, guards := s.writes(k)
-		size := 0
-		for _, c := range changes {
-			size += len(c.key) + len(c.value)
-		}
-		if len(b.steps) > 0 && (len(b.steps) >= maxUnits || len(b.ops)+len(changes) > store.MaxOps ||
-			len(b.conds)+len(guards)+1 > store.MaxOps || b.size+size > maxBytes) {
-			all = append(all, b)
-			b = batch{guards: map[guard]struct{}{}}
-		}
-		b.steps = append(b.steps, s)
-		b.size += size
-		for _, c := range changes {
-			if c.delete {
-				b.ops = append(b.ops, store.Delete(c.key))
-			} else {
-				b.ops = append(b.ops, store.Put(c.key, c.value))
+// batches puts steps into as few transactions as they fit in, each made when it is
+// asked for. The leader's condition is not yet in them.
+func batches(k state.Keys, steps []Step) iter.Seq[batch] {
+	return func(yield func(batch) bool) {
+		b := batch{guards: map[guard]struct{}{}}
+		for _, s := range steps {
+			changes, guards := s.writes(k)
+			if len(b.steps) > 0 && !b.hasRoom(changes, guards) {
+				if !yield(b) {
+					return
+				}
+				b = batch{guards: map[guard]struct{}{}}
 			}
+			b.add(s, changes, guards)
 		}
-		for _, g := range guards {
-			if _, has := b.guards[g]; has { // many steps ask for the same machine
-				continue
-			}
-			b.guards[g] = struct{}{}
-			if g.created {
-				b.conds = append(b.conds, store.CreatedAt(g.key, g.revision))
-			} else {
-				b.conds = append(b.conds, store.Unchanged(g.key, g.revision))
-			}
+		if len(b.steps) > 0 {
+			yield(b)
 		}
 	}
-	if len(b.steps) > 0 {
-		all = append(all, b)
+}
+
+func (b *batch) hasRoom(changes []change, guards []guard) bool {
+	return len(b.ops)+len(changes) <= store.MaxOps && len(b.conds)+len(guards) < store.MaxOps && b.size+size(changes) <= maxBytes
+}
+
+func size(changes []change) (n int) {
+	for _, c := range changes {
+		n += len(c.key) + len(c.value)
 	}
-	return all
+	return n
+}
+
+func (b *batch) add(s Step, changes []change, guards []guard) {
+	b.steps = append(b.steps, s)
+	b.size += size(changes)
+	for _, c := range changes {
+		if c.delete {
+			b.ops = append(b.ops, store.Delete(c.key))
+		} else {
+			b.ops = append(b.ops, store.Put(c.key, c.value))
+		}
+	}
+	for _, g := range guards {
+		if _, has := b.guards[g]; has { // many steps depend on the same node
+			continue
+		}
+		b.guards[g] = struct{}{}
+		if g.created {
+			b.conds = append(b.conds, store.CreatedAt(g.key, g.revision))
+		} else {
+			b.conds = append(b.conds, store.Unchanged(g.key, g.revision))
+		}
+	}
 }

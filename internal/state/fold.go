@@ -11,7 +11,12 @@ import (
 
 // Load returns the snapshot of the records that a list of the store has returned.
 func Load(keys Keys, items []store.KV, revision int64) *Snapshot {
-	s, _ := fold(keys, &Snapshot{}, store.Update{Revision: revision, Reset: true, Prefix: keys.Prefix, Items: items})
+	return Fold(keys, &Snapshot{}, store.Update{Revision: revision, Reset: true, Prefix: keys.Prefix, Items: items})
+}
+
+// Fold returns the snapshot after an update. The old one stays as it is.
+func Fold(keys Keys, old *Snapshot, u store.Update) *Snapshot {
+	s, _ := fold(keys, old, u)
 	return s
 }
 
