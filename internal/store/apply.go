@@ -52,8 +52,8 @@ func NoneChangedSince(prefix string, revision int64) Cond {
 // one puts. At most MaxOps ops and MaxOps conditions are allowed.
 //
 // ErrConflict: a condition does not hold and nothing was written; the revision
-// is that of the refusal. ErrUnknown: nobody can say whether it was done; read
-// before writing again. Any other error: it was not done.
+// is that of the refusal. ErrUnknown: it may have been done; read before writing
+// again. Any other error: it was not done.
 func (c *Client) Apply(ctx context.Context, ops []Op, conds ...Cond) (int64, error) {
 	what := "write " + describe(ops)
 	if len(ops) > MaxOps || len(conds) > MaxOps {

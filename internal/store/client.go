@@ -188,8 +188,8 @@ func withLimit(ctx context.Context, limit time.Duration) (context.Context, conte
 	return context.WithTimeout(ctx, limit)
 }
 
-// attempts is what became of the attempts of one call. clientv3 tries again
-// until the deadline and then forgets why.
+// attempts records the attempts of one call. clientv3 tries again until the
+// deadline and then returns only that the deadline has passed.
 type attempts struct {
 	sent bool  // a member may have received it
 	err  error // of the last attempt, unless it just ran out of time
@@ -220,7 +220,8 @@ func record(ctx context.Context, method string, req, reply any, conn *grpc.Clien
 	return err
 }
 
-// cause returns the error that says more.
+// cause returns the error of the last attempt instead of err if err only says that
+// the deadline has passed.
 func (a *attempts) cause(err error) error {
 	if a.err != nil && codeOf(err) == codes.DeadlineExceeded {
 		return a.err
@@ -302,15 +303,15 @@ func (c *Client) list(ctx context.Context, prefix string, revision int64) ([]KV,
 	}
 }
 
-// explain says in words what went wrong with a read, or with a write that was
-// not done.
+// explain turns an error of the library into one that names the cause and, where
+// one is known, the remedy. It is for reads, and for writes that were not done.
 func (c *Client) explain(what string, err error) error {
 	at := strings.Join(c.Endpoints(), ", ")
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted):
 		return fmt.Errorf("%s: %w", what, ErrCompacted)
 	case errors.Is(err, rpctypes.ErrNoSpace):
-		return fmt.Errorf("%s: the store at %s is full: delete what nobody needs, then compact, defragment and disarm it with etcdctl", what, at)
+		return fmt.Errorf("%s: the store at %s is full: delete what is not needed, then compact, defragment and disarm it with etcdctl", what, at)
 	case errors.Is(err, context.Canceled):
 		return fmt.Errorf("%s: %w", what, err)
 	}
@@ -323,7 +324,7 @@ func (c *Client) explain(what string, err error) error {
 	return fmt.Errorf("%s: store at %s: %w", what, at, err)
 }
 
-// short returns the part of a gRPC error that tells people something.
+// short returns the part of a gRPC error that is of use to people.
 func short(err error) string {
 	text := err.Error()
 	if st, ok := status.FromError(err); ok {

@@ -35,10 +35,10 @@ type probe struct {
 }
 
 // Run chooses the endpoints until ctx ends, and returns nil then. Every 2 s it
-// reads linearizably through each known voter who the members are, and gives
-// only those that answer to the client: the local one first, then in an order of
-// its own. If none answers all of them stay. The endpoints that the members
-// announce are used too if they answer and belong to the same cluster.
+// reads the list of members linearizably through each known voter, and gives only
+// the endpoints that answer to the client: the local one first, the others in an
+// order that is random per client. If none answers, all are kept. Endpoints that
+// the members announce are used too if they answer and belong to the same cluster.
 func (c *Client) Run(ctx context.Context) error {
 	probes := map[string]*probe{}
 	defer func() {
@@ -61,8 +61,8 @@ func (c *Client) Run(ctx context.Context) error {
 	}
 }
 
-// known makes probes hold the configured endpoints and those of the members, and
-// says whether there are new ones.
+// known makes probes contain exactly the configured endpoints and those of the
+// members, and reports whether there are new ones.
 func (c *Client) known(probes map[string]*probe) (more bool) {
 	c.mu.Lock()
 	want := slices.Concat(c.configured, c.members)
@@ -146,8 +146,8 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 	c.use(good)
 }
 
-// read proves that the endpoint reaches a quorum. A refusal for want of rights
-// proves it too.
+// read proves that the endpoint reaches a quorum. An answer that permission is
+// denied proves it too.
 func (p *probe) read(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, probeLimit)
 	defer cancel()

@@ -15,12 +15,12 @@ type slogCore struct {
 	log    *slog.Logger
 	quiet  []string     // lines that begin with one of these go to Debug
 	fatal  io.Writer    // lines that end the process go here too; may be nil
-	seen   func(string) // told every line; may be nil
+	seen   func(string) // gets every line; may be nil
 	fields []zapcore.Field
 }
 
-// quietServer are lines that etcd writes as warnings or errors although all is
-// well, or many times for one event that another line tells.
+// quietServer are lines that etcd logs as warnings or errors although nothing is
+// wrong, or many times for one event that another line reports.
 var quietServer = []string{
 	"Running http and grpc server on single port",
 	"simple token is not cryptographically signed",

@@ -44,7 +44,7 @@ const (
 type TLSFiles struct {
 	Cert string // certificate of this member; also shown to other members
 	Key  string
-	CA   string // who may connect must have a certificate of this CA
+	CA   string // that must have signed the certificate of whoever connects
 }
 
 func (f TLSFiles) set() bool { return f != TLSFiles{} }
@@ -138,8 +138,8 @@ func (c ServerConfig) clientURL() url.URL {
 }
 
 // Serve runs one member of the store until ctx ends, and returns nil then. It
-// calls ready once it serves clients. It belongs into a process of its own:
-// etcd ends its process when the disk is full or the data is damaged.
+// calls ready once it serves clients. Run it in a process of its own: etcd ends
+// the process when the disk is full or the data is damaged.
 //
 // The first member of a store starts alone. Others join as learners, and two of
 // them become voters together, so that there are one or three voters and never
@@ -151,8 +151,8 @@ func (c ServerConfig) clientURL() url.URL {
 // serves, 14 s for three.
 //
 // BUG(store): a node that was added and never started keeps its place as a
-// learner until somebody removes it with etcdctl; a fourth node then gets
-// ErrEnoughVoters although there is one voter.
+// learner until it is removed; a fourth node then gets ErrEnoughVoters although
+// there is one voter.
 //
 // BUG(store): promotion is asked for inside the process and would be refused if
 // etcd's own user authentication were switched on.
@@ -200,9 +200,9 @@ type server struct {
 	removed atomic.Bool // etcd has said that this member was removed
 }
 
-// identity reads who this member is, or makes it up and writes it down before
-// the first start. It refuses whatever could make a second cluster out of one,
-// or bring back a member that has forgotten what it voted for.
+// identity reads who this member is, or generates and records that before the
+// first start. It refuses to start where that could split the cluster, or bring
+// back a voter whose votes are lost.
 func (s *server) identity() (marker, error) {
 	path, data := s.cfg.DataDir+".member", hasData(s.cfg.DataDir)
 	m, err := readMarker(path)
@@ -246,7 +246,7 @@ func random(bytes int) string {
 	return hex.EncodeToString(b)
 }
 
-// errNotStarted wraps what kept etcd from starting.
+// errNotStarted wraps errors of etcd's start.
 var errNotStarted = errors.New("the store did not start")
 
 // serve runs etcd until ctx ends or it does.
@@ -305,7 +305,7 @@ func (s *server) serve(ctx context.Context, state, cluster string, first bool) e
 	}
 }
 
-// ended says why etcd has ended unasked.
+// ended returns why etcd ended although ctx did not.
 func (s *server) ended(e *embed.Etcd, err error) error {
 	if s.removed.Load() || e.Server.Cluster().Member(e.Server.MemberID()) == nil {
 		return fmt.Errorf("store member %s: %w: move %s and %s.member away; it can join again as a new member", s.marker.Name, ErrRemoved, s.cfg.DataDir, s.cfg.DataDir)
@@ -339,7 +339,7 @@ func (s *server) etcdConfig(state, cluster string) *embed.Config {
 			s.removed.Store(true)
 		}
 	}}))
-	// Both gates find members whose data has come apart.
+	// Both gates detect members whose data differs from the others'.
 	if gate, ok := c.ServerFeatureGate.(interface{ Set(string) error }); ok {
 		if err := gate.Set("InitialCorruptCheck=true,CompactHashCheck=true"); err != nil {
 			s.log.Warn("the store runs without corruption checks", "err", err)

@@ -14,10 +14,10 @@ import (
 // that starts makes about ten signals within a few milliseconds.
 const settle = 20 * time.Millisecond
 
-// Change is what may be different since the last one.
+// Change says which units may have changed since the last Change.
 type Change struct {
 	All   bool     // any unit: systemd was connected to, re-executed or reloaded
-	Units []string // sorted; units of others among them
+	Units []string // sorted; not only units that this program linked
 }
 
 // changes collects names until somebody takes them.
@@ -63,8 +63,8 @@ func (c *changes) add(name string, every bool) {
 // of the changes. It is for one reader.
 func (c *Conn) Changed() <-chan struct{} { return c.changes.wake }
 
-// Take returns what may have changed since the last Take. Listing units makes
-// no change, even though systemd loads them to do so.
+// Take returns what may have changed since the last Take. Listing units is not a
+// change, even though systemd loads them for it.
 func (c *Conn) Take() Change {
 	h := &c.changes
 	h.mu.Lock()
@@ -74,20 +74,20 @@ func (c *Conn) Take() Change {
 	return change
 }
 
-// DeliverSignal takes what systemd announces, in its order, from the
-// connection's own goroutine: it must not block, but for StopAll.
+// DeliverSignal handles systemd's signals, in their order, on the connection's
+// own goroutine: it must not block, except for StopAll.
 //
-// UnitNew and UnitRemoved say only what systemd keeps in memory. They are left
-// out, because asking for the status of an idle unit causes both.
+// UnitNew and UnitRemoved only say which units systemd has in memory. They are
+// ignored: asking for the status of an idle unit causes both.
 func (s *session) DeliverSignal(iface, member string, signal *dbus.Signal) {
-	s.listening.RLock()
-	defer s.listening.RUnlock()
+	s.handling.RLock()
+	defer s.handling.RUnlock()
 	switch iface + "." + member {
 	case "org.freedesktop.DBus.Properties.PropertiesChanged":
 		if escaped, ok := strings.CutPrefix(string(signal.Path), unitRoot); ok {
 			s.changes.unit(unescape(escaped))
 		} else if strings.HasPrefix(string(signal.Path), jobRoot) {
-			s.announced(signal.Path, false, "") // it says that it runs
+			s.announced(signal.Path, false, "") // the job has begun to run
 		}
 	case manager + ".JobRemoved":
 		var id uint32
@@ -105,26 +105,8 @@ func (s *session) DeliverSignal(iface, member string, signal *dbus.Signal) {
 	}
 }
 
-// escape makes of a unit's name the last part of its object path: every byte
-// but letters and inner digits becomes _ and two hex digits.
-func escape(name string) string {
-	const hex = "0123456789abcdef"
-	if name == "" {
-		return "_"
-	}
-	var b strings.Builder
-	for i := range len(name) {
-		switch ch := name[i]; {
-		case 'a' <= ch && ch <= 'z', 'A' <= ch && ch <= 'Z', '0' <= ch && ch <= '9' && i > 0:
-			b.WriteByte(ch)
-		default:
-			b.Write([]byte{'_', hex[ch>>4], hex[ch&15]})
-		}
-	}
-	return b.String()
-}
-
-// unescape is the inverse of escape; what escape cannot have made stays.
+// unescape returns the name of the unit whose object path ends in path: the
+// inverse of PathBusEscape. What PathBusEscape cannot have made stays as it is.
 func unescape(path string) string {
 	if path == "_" {
 		return ""

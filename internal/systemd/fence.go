@@ -11,7 +11,9 @@ import (
 	"strings"
 	"time"
 
+	sdbus "github.com/coreos/go-systemd/v22/dbus"
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 )
 
@@ -29,11 +31,11 @@ func FenceDropIn(section string) string {
 	return "[Unit]\nAssertPathExists=" + FenceGate + "\n[" + section + "]\nSlice=" + FenceSlice + "\n"
 }
 
-// fenceScript is what PID 1 runs when the time is up. With the gate closed
-// nothing in the slice starts again, Restart= included. Then SIGKILL, and again,
-// for ExecStop= and ExecStopPost= start processes too; and the wish that the
-// units stop, which nothing may replace. It ends when systemd says that all
-// have, and not when systemd does not answer.
+// fenceScript is what PID 1 runs when the time is up. Without the gate nothing in
+// the slice starts again, not by Restart= either. It then sends SIGKILL until the
+// slice is inactive, because ExecStop= and ExecStopPost= start processes too, and
+// queues stop jobs that no other job may replace. An error of systemctl is not
+// taken for an inactive slice.
 const fenceScript = `rm -f ` + FenceGate + `
 until
 	systemctl kill --signal=SIGKILL ` + FenceSlice + `
@@ -44,18 +46,13 @@ done 2>/dev/null`
 
 const fencePrefix = "flotilla-fence-"
 
-type setting struct {
-	Name  string
-	Value dbus.Variant
-}
-
-// Fence makes PID 1 kill every process in FenceSlice after the given time,
-// unless Fence or Unfence is called before. PID 1 needs nobody for that: this
-// process may be dead or frozen. Until Fence is called again, no unit of the
-// slice comes back. Time counts from the call of Fence; reloading and
-// re-executing systemd does not change it; time asleep (suspend) does not
-// count. After an error the earlier fence is in force, or the new one. Fence must
-// not be called at the same time as itself or Unfence.
+// Fence makes PID 1 kill every process in FenceSlice after the given time, unless
+// Fence or Unfence is called before. PID 1 does that alone: this process may be
+// dead or frozen. Until Fence is called again, no unit of the slice can start.
+// Time counts from the call of Fence; reloading and re-executing systemd does not
+// change it; time in suspend does not count. After an error either the earlier
+// fence is in force or the new one. Fence must not be called at the same time as
+// itself or Unfence.
 func (c *Conn) Fence(ctx context.Context, after time.Duration) error {
 	now, err := monotonic()
 	if err != nil {
@@ -73,44 +70,39 @@ func (c *Conn) Fence(ctx context.Context, after time.Duration) error {
 	if err != nil {
 		return fmt.Errorf("arm the fence: %w", err)
 	}
-	// A timer cannot be set anew: each is another unit, and takes the place of
-	// those before in one transaction of PID 1.
+	// A timer cannot be set anew: each is a new unit, which replaces the earlier
+	// ones in one transaction of PID 1.
 	name := fmt.Sprintf("%s%d", fencePrefix, now)
-	common := []setting{
-		{"Description", dbus.MakeVariant("Fence around " + FenceSlice)},
-		{"DefaultDependencies", dbus.MakeVariant(false)},
-		{"IgnoreOnIsolate", dbus.MakeVariant(true)},
-		{"CollectMode", dbus.MakeVariant("inactive-or-failed")},
+	property := func(name string, value any) sdbus.Property {
+		return sdbus.Property{Name: name, Value: dbus.MakeVariant(value)}
 	}
-	// Not OnActiveSec: that one starts again at every daemon-reload.
+	common := []sdbus.Property{
+		sdbus.PropDescription("Fence around " + FenceSlice),
+		property("DefaultDependencies", false),
+		property("IgnoreOnIsolate", true),
+		property("CollectMode", "inactive-or-failed"),
+	}
+	// Not OnActiveSec: that would count from the start at every daemon-reload.
 	type trigger struct {
 		Base string
 		USec uint64
 	}
-	timer := append(common[:len(common):len(common)],
-		setting{"TimersMonotonic", dbus.MakeVariant([]trigger{{"OnStartupSec", uint64(now+after)/1e3 - startup}})},
-		setting{"AccuracyUSec", dbus.MakeVariant(uint64(1000))},
-		setting{"RemainAfterElapse", dbus.MakeVariant(false)},
-		setting{"Conflicts", dbus.MakeVariant(others)},
-		setting{"After", dbus.MakeVariant(others)},
-	)
-	type command struct {
-		Path    string
-		Args    []string
-		MayFail bool
-	}
-	service := append(common[:len(common):len(common)],
-		setting{"Type", dbus.MakeVariant("simple")},
-		setting{"ExecStart", dbus.MakeVariant([]command{{"/bin/sh", []string{"/bin/sh", "-c", fenceScript}, false}})},
-		setting{"KillSignal", dbus.MakeVariant(int32(unix.SIGKILL))},
-		setting{"OOMScoreAdjust", dbus.MakeVariant(int32(-1000))},
-	)
-	type auxiliary struct {
-		Name       string
-		Properties []setting
-	}
-	r, err := c.order(ctx, nil, manager+".StartTransientUnit",
-		name+".timer", "replace", timer, []auxiliary{{name + ".service", service}})
+	timer := slices.Concat(common, []sdbus.Property{
+		property("TimersMonotonic", []trigger{{"OnStartupSec", uint64(now+after)/1e3 - startup}}),
+		property("AccuracyUSec", uint64(1000)),
+		property("RemainAfterElapse", false),
+		sdbus.PropConflicts(others...),
+		sdbus.PropAfter(others...),
+	})
+	service := slices.Concat(common, []sdbus.Property{
+		sdbus.PropType("simple"),
+		sdbus.PropExecStart([]string{"/bin/sh", "-c", fenceScript}, false),
+		property("KillSignal", int32(unix.SIGKILL)),
+		property("OOMScoreAdjust", int32(-1000)),
+	})
+	noLimit := semaphore.NewWeighted(1) // the fence does not queue behind starts
+	r, err := c.order(ctx, noLimit, manager+".StartTransientUnit",
+		name+".timer", "replace", timer, []sdbus.PropertyCollection{{Name: name + ".service", Properties: service}})
 	if err == nil && r != Done {
 		err = fmt.Errorf("start of its timer: %s", r)
 	}
@@ -148,10 +140,10 @@ func (c *Conn) Unfence(ctx context.Context) error {
 	return nil
 }
 
-// fences lists the timers and services that PID 1 keeps, whoever armed them;
-// timers first.
+// fences lists the timers and services of armed fences, also those of earlier
+// processes; timers first.
 func (c *Conn) fences(ctx context.Context) ([]string, error) {
-	var rows []row
+	var rows []sdbus.UnitStatus
 	err := c.ask(ctx, rootPath, manager+".ListUnitsByPatterns", []any{[]string{}, []string{fencePrefix + "*"}}, &rows)
 	if err != nil {
 		return nil, fmt.Errorf("list fences: %w", err)

@@ -27,20 +27,20 @@ type JournalQuery struct {
 	Follow bool      // go on with new entries until ctx ends
 }
 
-// Entry is one line of the journal.
+// Entry is one entry of the journal.
 type Entry struct {
 	Time       time.Time
-	Unit       string // that it is from, or about
-	Message    string // without the bytes that are not UTF-8: each is U+FFFD
+	Unit       string // that wrote it or that systemd writes about
+	Message    string // bytes that are not UTF-8 are replaced by U+FFFD
 	PID        int    // 0: unknown
 	Priority   int    // 0 emergency ... 7 debug; 6 when it has none
 	Identifier string // what syslog shows before the message
-	Cursor     string // names this entry, on this machine
+	Cursor     string // identifies the entry in this machine's journal
 }
 
-// Journal yields entries, oldest first. It ends with the last one or, following,
-// with an error once ctx ends; a line that cannot be read and the failure of
-// journalctl are errors, and end it too. Each call has a process of its own,
+// Journal yields entries, oldest first. It ends after the last one or, if it
+// follows, with an error when ctx ends. A line that cannot be decoded and a failure
+// of journalctl are errors, and end it too. Each call runs a journalctl of its own,
 // which ends with the loop.
 func Journal(ctx context.Context, q JournalQuery) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
@@ -128,7 +128,7 @@ func decodeAll(r io.Reader, each func(Entry) bool) error {
 				return errEnough
 			}
 		}
-		if err != nil { // the pipe's end; a last line without its end was cut off
+		if err != nil { // the end of the pipe; a last line without a newline was cut off
 			if errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed) {
 				return nil
 			}
@@ -235,7 +235,7 @@ func Show(ctx context.Context, name string) (string, int, error) {
 	return string(out), 0, nil
 }
 
-// command is a process that is asked to end with ctx, and made to a second
+// command is a process that gets SIGTERM when ctx ends, and SIGKILL a second
 // later.
 func command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)

@@ -8,27 +8,26 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sync/semaphore"
 )
 
 // Result is how systemd ended what it was asked to do with a unit.
 type Result string
 
-// The results that systemd knows; more may come with newer versions. The empty
-// one goes with an error.
+// Some of systemd's results; the others are timeout, dependency and skipped, and
+// newer versions may add more. The empty one goes with an error.
 const (
-	Done       Result = "done"
-	Failed     Result = "failed"     // see Detail for what failed
-	Canceled   Result = "canceled"   // something else was asked for meanwhile
-	Timeout    Result = "timeout"    // not within JobTimeoutSec
-	Dependency Result = "dependency" // a unit that this one requires failed
-	Skipped    Result = "skipped"    // does not apply to the unit's present state
-	Asserted   Result = "assert"     // an Assert...= of the unit does not hold
+	Done     Result = "done"
+	Failed   Result = "failed"   // see Detail for what failed
+	Canceled Result = "canceled" // another order for the unit took its place
+	Asserted Result = "assert"   // an Assert...= of the unit does not hold
 )
 
 // Start starts the unit and waits until systemd is done with it, which for
 // Type=notify and oneshot is when the unit is ready. An error means that
 // systemd refused (ErrNoUnit, or its words) or, wrapping ErrUnknown, that the
-// connection or ctx ended after it was asked. ctx ending does not call it off.
+// connection or ctx ended after it was asked. The end of ctx does not cancel the
+// start.
 func (c *Conn) Start(ctx context.Context, name string) (Result, error) {
 	r, err := c.order(ctx, c.starts, manager+".StartUnit", name, "replace")
 	if err != nil {
@@ -44,7 +43,7 @@ func (c *Conn) Stop(ctx context.Context, name string) (Result, error) {
 	return stopped(name, r, err)
 }
 
-// stopped makes of the end of an order the end of Stop.
+// stopped turns the outcome of a StopUnit call into that of Stop.
 func stopped(name string, r Result, err error) (Result, error) {
 	switch {
 	case errors.Is(err, ErrNoUnit):
@@ -55,18 +54,19 @@ func stopped(name string, r Result, err error) (Result, error) {
 	return r, nil
 }
 
-// StopAll stops units as Stop does, and returns what waits for each of them, which
-// must be called, all at once. It asks for all that the crowd has room for before it listens to
-// systemd again, which would clear up after the first before it hears of the last.
+// StopAll queues the stops of all units and returns one wait function per unit,
+// with the results of Stop; call them all, concurrently. Signals are not handled
+// until the calls that stopLimit has room for are sent: handling those of the
+// first units delayed the call for the last of 500 by up to 3 s.
 func (c *Conn) StopAll(ctx context.Context, names ...string) map[string]func(context.Context) (Result, error) {
 	waits := make(map[string]func(context.Context) (Result, error), len(names))
 	s := c.head.Load().session
 	if s != nil {
-		s.listening.Lock()
-		defer s.listening.Unlock()
+		s.handling.Lock()
+		defer s.handling.Unlock()
 	}
 	for _, name := range names {
-		if s == nil || !c.stops.enterNow() {
+		if s == nil || !c.stops.TryAcquire(1) {
 			waits[name] = func(ctx context.Context) (Result, error) { return c.Stop(ctx, name) }
 			continue
 		}
@@ -89,71 +89,42 @@ func (c *Conn) Restart(ctx context.Context, name string) (Result, error) {
 	return r, nil
 }
 
-// A crowd is how many jobs may wait at a time for systemd to begin with them.
-// Once it has begun it is deaf, to us and to its timers, until it has forked for
-// every job that can run: 500 starts at once delay a fence by 10 s and more.
-// Stops do not wait for starts.
-type crowd chan struct{}
-
+// How many starts, and how many stops, may be queued in systemd without having
+// begun. While systemd begins with a batch of jobs it handles no D-Bus calls and
+// no timers: 500 starts at once delayed a fence by 10 s, since it forks for each.
+// A stop takes it less time. It sends the signals for the whole batch before it
+// cleans up after the first unit, so that large batches of stops end sooner.
 const (
-	startCrowd = 8
-	stopCrowd  = 500 // takes systemd less time each; it kills all that it has begun to stop before it clears up after them
+	startLimit = 8
+	stopLimit  = 500
 )
 
-// enter waits for room. No crowd: at once.
-func (c crowd) enter(ctx context.Context) error {
-	if c == nil {
-		return nil
-	}
-	select {
-	case c <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (c crowd) enterNow() bool {
-	select {
-	case c <- struct{}{}:
-		return true
-	default:
-		return false
-	}
-}
-
-func (c crowd) leave() {
-	if c != nil {
-		<-c
-	}
-}
-
-// slow is after what time a job that has not begun may be waiting for another
-// one, which takes no time of systemd.
-const slow = 200 * time.Millisecond
+// beginLimit is how long a job holds its place in the limit: one that has not
+// begun by then may be waiting for another job, which takes no time of systemd.
+const beginLimit = 200 * time.Millisecond
 
 // order calls a method that answers with the path of a systemd job, and waits
-// for that to end. Any number may wait at a time.
-func (c *Conn) order(ctx context.Context, crowd crowd, method string, args ...any) (Result, error) {
-	if err := crowd.enter(ctx); err != nil {
+// for the end of that job.
+func (c *Conn) order(ctx context.Context, limit *semaphore.Weighted, method string, args ...any) (Result, error) {
+	if err := limit.Acquire(ctx, 1); err != nil {
 		return "", err
 	}
 	s, err := c.session(ctx)
 	if err != nil {
-		crowd.leave()
+		limit.Release(1)
 		return "", err
 	}
-	return s.wait(ctx, crowd, s.call(ctx, method, args...))
+	return s.wait(ctx, limit, s.call(ctx, method, args...))
 }
 
-// wait waits for the end of the job that the call asked for. It leaves the crowd
-// when systemd has begun with it.
-func (s *session) wait(ctx context.Context, crowd crowd, call *dbus.Call) (Result, error) {
+// wait waits for the end of the job that the call asked for. When systemd has
+// begun with the job it gives back the job's place in the limit.
+func (s *session) wait(ctx context.Context, limit *semaphore.Weighted, call *dbus.Call) (Result, error) {
 	j, err := s.accepted(ctx, call)
 	if err == nil {
 		s.begun(ctx, j)
 	}
-	crowd.leave()
+	limit.Release(1)
 	if err != nil {
 		return "", err
 	}
@@ -167,10 +138,9 @@ func (s *session) wait(ctx context.Context, crowd crowd, call *dbus.Call) (Resul
 	}
 }
 
-// begun returns when systemd has begun with the job, or has nothing to do for
-// it now.
+// begun returns when systemd has begun with the job, or cannot begin with it now.
 func (s *session) begun(ctx context.Context, j *job) {
-	wait := time.NewTimer(slow)
+	wait := time.NewTimer(beginLimit)
 	defer wait.Stop()
 	select {
 	case <-j.begun:
@@ -178,16 +148,17 @@ func (s *session) begun(ctx context.Context, j *job) {
 	case <-s.bus.Context().Done():
 	case <-ctx.Done():
 	case <-wait.C:
-		// Answered when systemd hears again. That it fails will show.
+		// It is answered when systemd handles calls again. If it fails because the
+		// connection is lost, the wait for the job's end says so.
 		s.object.CallWithContext(ctx, "org.freedesktop.DBus.Peer.Ping", 0)
 	}
 }
 
-// A job is what systemd does because it was asked to.
+// A job of systemd.
 type job struct {
-	begun, ended chan struct{} // closed
-	result       Result        // once ended is closed
-	ours         bool
+	begun, ended chan struct{} // closed when it has
+	result       Result        // valid once ended is closed
+	ours         bool          // a call of ours was answered with it
 }
 
 // call calls a method that answers with the path of a job.
@@ -198,8 +169,8 @@ func (s *session) call(ctx context.Context, method string, args ...any) *dbus.Ca
 	return s.object.GoWithContext(ctx, method, 0, make(chan *dbus.Call, 1), args...)
 }
 
-// accepted returns the job that the call's answer names, complete with what was
-// announced of it before the answer came.
+// accepted returns the job that the call's answer names. Signals about it may
+// have been handled before the answer.
 func (s *session) accepted(ctx context.Context, call *dbus.Call) (*job, error) {
 	var path dbus.ObjectPath
 	err := (<-call.Done).Err
@@ -237,7 +208,8 @@ func (s *session) job(path dbus.ObjectPath) *job {
 	return j
 }
 
-// announced notes what systemd says of a job, if it is one of ours or may be.
+// announced notes a signal about a job that is ours, or may be because a call is
+// not answered yet.
 func (s *session) announced(path dbus.ObjectPath, ended bool, r Result) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -4,7 +4,10 @@
 // placement, no etcd, and not what is in a unit file.
 //
 // It speaks to PID 1 directly, on the socket that systemctl uses as root, so
-// that dbus-daemon may be restarted or missing.
+// that dbus-daemon may be restarted or missing. Of go-systemd it uses only types:
+// go-systemd's connection is not made anew when it is lost and leaves who waits for
+// a job waiting then, does not say when a job begins, and drops changes that are
+// not read in time.
 package systemd
 
 import (
@@ -20,11 +23,11 @@ import (
 	"time"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sync/semaphore"
 )
 
 const (
 	address   = "unix:path=/run/systemd/private" // root only
-	booted    = "/run/systemd/system"            // a directory where systemd is the init system
 	busName   = "org.freedesktop.systemd1"
 	manager   = busName + ".Manager"
 	jobRoot   = "/org/freedesktop/systemd1/job/"
@@ -45,34 +48,28 @@ var (
 	errStopped = errors.New("the connection to systemd was ended")
 )
 
-// Present reports whether systemd is the init system of this machine.
-func Present() bool {
-	info, err := os.Stat(booted)
-	return err == nil && info.IsDir()
-}
-
-// Conn is a connection to PID 1. It is made anew when systemd re-executes
-// itself. All methods may be called at the same time; those that take a
-// context wait for the connection, and end only with an answer, with the
-// context, or with Run.
+// Conn is a connection to PID 1, which Run keeps: it is lost whenever systemd
+// re-executes itself. All methods may be called at the same time. Those that take
+// a context wait for the connection, and return when systemd answers, when the
+// context ends, or when Run does.
 type Conn struct {
 	log     *slog.Logger
 	head    atomic.Pointer[link]
 	changes changes
-	starts  crowd
-	stops   crowd
+	starts  *semaphore.Weighted
+	stops   *semaphore.Weighted
 }
 
-// A link is the present session, or nil with the reason why there is none.
+// A link is the current session, or nil with the reason why there is none.
 type link struct {
 	session  *session
 	err      error
 	replaced chan struct{} // closed when a newer link is in place
 }
 
-// New returns a connection that Run will make. The logger must not be nil.
+// New returns a Conn without a connection: call Run. The logger must not be nil.
 func New(log *slog.Logger) *Conn {
-	c := &Conn{log: log, starts: make(crowd, startCrowd), stops: make(crowd, stopCrowd)}
+	c := &Conn{log: log, starts: semaphore.NewWeighted(startLimit), stops: semaphore.NewWeighted(stopLimit)}
 	c.changes.wake = make(chan struct{}, 1)
 	c.head.Store(&link{err: errors.New("not connected yet"), replaced: make(chan struct{})})
 	return c
@@ -83,9 +80,9 @@ func (c *Conn) set(s *session, err error) {
 	close(old.replaced)
 }
 
-// Run connects and connects again until ctx ends, whose error it returns. An
-// unreachable systemd is logged once and tried again. Run must be called once;
-// what was called on c ends with it.
+// Run connects, and again after each loss, until ctx ends, whose error it returns.
+// That systemd is unreachable is logged once. Run must be called once; all other
+// calls on c end with it.
 func (c *Conn) Run(ctx context.Context) error {
 	defer c.set(nil, errStopped)
 	wait, complained := redialMin, false
@@ -105,7 +102,7 @@ func (c *Conn) Run(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		c.set(nil, err)
-		if !complained && wait > 10*redialMin { // not worth a line when systemd re-executes itself
+		if !complained && wait > 10*redialMin { // a re-execution of systemd takes less, and is not logged
 			complained = true
 			c.log.Warn("systemd is not reachable", "err", err)
 		}
@@ -124,11 +121,11 @@ type session struct {
 	object  dbus.BusObject
 	changes *changes
 
-	listening sync.RWMutex // locked: what systemd announces waits
+	handling sync.RWMutex // locked while signals must wait: see StopAll
 
 	mu    sync.Mutex               // guards what follows
-	calls int                      // that will be answered with the path of a job
-	jobs  map[dbus.ObjectPath]*job // that somebody waits for, or may once such a call is answered
+	calls int                      // not answered yet, of those whose answer is the path of a job
+	jobs  map[dbus.ObjectPath]*job // ours and, while calls > 0, all others that signals were about
 }
 
 func (c *Conn) dial(ctx context.Context) (*session, error) {
@@ -168,9 +165,9 @@ func (c *Conn) session(ctx context.Context) (*session, error) {
 	}
 }
 
-// ask calls a method of the object at path and stores its answer; without a
-// place for it the answer does not matter. The method must be one that does no harm when it is called twice: it is, when the
-// connection is lost before the answer.
+// ask calls a method of the object at path and stores its answer in answer, if
+// given. The method must be idempotent: it is called again if the connection is
+// lost before the answer.
 func (c *Conn) ask(ctx context.Context, path dbus.ObjectPath, method string, args []any, answer ...any) error {
 	for {
 		s, err := c.session(ctx)
@@ -188,13 +185,13 @@ func (c *Conn) ask(ctx context.Context, path dbus.ObjectPath, method string, arg
 		case ctx.Err() != nil:
 			return ctx.Err()
 		}
-		if !s.lost() { // neither systemd's word nor the connection's end
+		if !s.lost() { // such as an argument that cannot be encoded
 			return call.Err
 		}
 	}
 }
 
-// refused reports whether err is systemd's own answer.
+// refused reports whether err is an answer of systemd, and not a lost connection.
 func refused(err error) bool {
 	var said dbus.Error
 	return errors.As(err, &said)
@@ -209,7 +206,7 @@ func explain(err error) error {
 	return &answer{name: said.Name, text: strings.TrimRight(said.Error(), ".")}
 }
 
-// An answer is a refusal in systemd's words.
+// An answer is an error that systemd answered with, in its words.
 type answer struct{ name, text string }
 
 func (a *answer) Error() string { return a.text }

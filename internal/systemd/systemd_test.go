@@ -1,12 +1,16 @@
 package systemd
 
 import (
+	"encoding/json"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
+	sdbus "github.com/coreos/go-systemd/v22/dbus"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -17,8 +21,11 @@ func TestEscape(t *testing.T) {
 		"1-2_3.service":       "_31_2d2_5f3_2eservice",
 		"":                    "_",
 	} {
-		if got := escape(name); got != want {
-			t.Errorf("escape(%q) is %q, want %q", name, got, want)
+		if got := sdbus.PathBusEscape(name); got != want {
+			t.Errorf("%q is %q in a path, want %q", name, got, want)
+		}
+		if got := unescape(want); got != name {
+			t.Errorf("unescape(%q) is %q, want %q", want, got, name)
 		}
 	}
 	if got := unescape("a_zz_2"); got != "a_zz_2" {
@@ -29,7 +36,7 @@ func TestEscape(t *testing.T) {
 func FuzzEscape(f *testing.F) {
 	f.Add("web@1.service")
 	f.Fuzz(func(t *testing.T, name string) {
-		path := escape(name)
+		path := sdbus.PathBusEscape(name)
 		if got := unescape(path); got != name {
 			t.Errorf("%q became %q and %q", name, path, got)
 		}
@@ -88,9 +95,36 @@ func TestDecode(t *testing.T) {
 	}
 }
 
+// An entry is fit for text, and one that is written as journalctl does it and
+// decoded again is the same.
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte(`{"__REALTIME_TIMESTAMP":"1","MESSAGE":[[1],"a",{}]}`))
-	f.Fuzz(func(_ *testing.T, line []byte) { _, _ = decode(line) })
+	f.Add([]byte(`{"__REALTIME_TIMESTAMP":"1700000000000001","__CURSOR":"s=1","_PID":"42","PRIORITY":"3","MESSAGE":[255,97],"_COMM":"sh","UNIT":"web.service"}`))
+	f.Fuzz(func(t *testing.T, line []byte) {
+		e, err := decode(line)
+		if err != nil {
+			if !cmp.Equal(e, Entry{}) {
+				t.Errorf("an entry besides the error %v: %+v", err, e)
+			}
+			return
+		}
+		for _, s := range []string{e.Unit, e.Message, e.Identifier, e.Cursor} {
+			if !utf8.ValidString(s) {
+				t.Errorf("%q is not UTF-8", s)
+			}
+		}
+		written, err := json.Marshal(map[string]string{
+			"__CURSOR": e.Cursor, "__REALTIME_TIMESTAMP": strconv.FormatInt(e.Time.UnixMicro(), 10), "MESSAGE": e.Message,
+			"PRIORITY": strconv.Itoa(e.Priority), "_PID": strconv.Itoa(e.PID), "SYSLOG_IDENTIFIER": e.Identifier, "_SYSTEMD_UNIT": e.Unit,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := decode(written)
+		if diff := cmp.Diff(e, again); diff != "" || err != nil {
+			t.Errorf("%s is decoded as %+v, %v: %s", written, again, err, diff)
+		}
+	})
 }
 
 // A last line without an end was cut off by the end of journalctl.

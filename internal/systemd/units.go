@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"syscall"
-	"time"
 
+	sdbus "github.com/coreos/go-systemd/v22/dbus"
 	"github.com/godbus/dbus/v5"
 )
 
@@ -20,19 +20,6 @@ type Status struct {
 	Err    string // why systemd would not tell, as for a name that cannot be one
 }
 
-// A row of ListUnits and its variants.
-type row struct {
-	Name, Description, Load, Active, Sub, Following string
-	Path                                            dbus.ObjectPath
-	JobID                                           uint32
-	JobType                                         string
-	JobPath                                         dbus.ObjectPath
-}
-
-func (r row) status() Status {
-	return Status{Load: r.Load, Active: r.Active, Sub: r.Sub, Queued: r.JobType}
-}
-
 // Units returns the status of each named unit, in one call for all. Each name
 // has an entry: systemd calls a unit that it does not know not-found and
 // inactive. An error means that systemd did not answer in time.
@@ -41,17 +28,18 @@ func (c *Conn) Units(ctx context.Context, names ...string) (map[string]Status, e
 	if len(names) == 0 {
 		return found, nil
 	}
-	var rows []row
+	var rows []sdbus.UnitStatus
 	err := c.ask(ctx, rootPath, manager+".ListUnitsByNames", []any{names}, &rows)
 	var said *answer
 	switch {
 	case err == nil && len(rows) == len(names):
 		for i, name := range names { // not by the row's name: the one asked for may be an alias
-			found[name] = rows[i].status()
+			r := rows[i]
+			found[name] = Status{Load: r.LoadState, Active: r.ActiveState, Sub: r.SubState, Queued: r.JobType}
 		}
 	case err != nil && !errors.As(err, &said):
 		return nil, fmt.Errorf("list units: %w", err)
-	case len(names) > 1: // one bad name spoils the call, or is left out
+	case len(names) > 1: // one bad name fails the call, or is left out of the answer
 		for _, name := range names {
 			one, err := c.Units(ctx, name)
 			if err != nil {
@@ -69,8 +57,9 @@ func (c *Conn) Units(ctx context.Context, names ...string) (map[string]Status, e
 	return found, nil
 }
 
-// Kept returns which of the named units systemd keeps in memory. Those that it
-// does not are idle, and to ask for their status makes it read their files.
+// Kept returns which of the named units systemd has in memory. The others are
+// idle, and asking for their status makes it read their files: of 500 units that
+// were just stopped each such call took 0.2 s.
 func (c *Conn) Kept(ctx context.Context, names ...string) (map[string]bool, error) {
 	kept := make(map[string]bool, len(names))
 	if len(names) == 0 {
@@ -100,23 +89,16 @@ type Detail struct {
 	Status
 	LoadError    string // why Load is not loaded
 	FragmentPath string // its file, as systemd loaded it; links followed
-	FileState    string // linked-runtime, enabled-runtime, static, disabled ...
-	Stale        bool   // its files changed since systemd read them: Reload
-	Since        time.Time
-
-	Result     string // of a service: success, exit-code, signal, timeout, start-limit-hit ...
-	MainPID    int
-	ExitCode   int // of the last main process, or the signal that ended it
-	Restarts   int // made by systemd itself
-	Invocation string
-	Cgroup     string // absolute, below the root of the hierarchy; empty when it has none
+	Result       string // of a service: success, exit-code, signal, timeout, start-limit-hit ...
+	Restarts     int    // made by systemd itself
+	Invocation   string // identifies this run of the unit
 }
 
-// Detail returns all that is to say of one unit. It costs more than a row of
-// Units: it is for those that failed and for people.
+// Detail returns the Detail of one unit. It costs more than a row of Units: use it
+// for units that failed, and for people.
 func (c *Conn) Detail(ctx context.Context, name string) (Detail, error) {
 	var p map[string]dbus.Variant
-	err := c.ask(ctx, dbus.ObjectPath(unitRoot+escape(name)), "org.freedesktop.DBus.Properties.GetAll", []any{""}, &p)
+	err := c.ask(ctx, dbus.ObjectPath(unitRoot+sdbus.PathBusEscape(name)), "org.freedesktop.DBus.Properties.GetAll", []any{""}, &p)
 	if err != nil {
 		return Detail{}, fmt.Errorf("read unit %s: %w", name, err)
 	}
@@ -127,17 +109,9 @@ func (c *Conn) Detail(ctx context.Context, name string) (Detail, error) {
 			Sub:    property[string](p, "SubState"),
 		},
 		FragmentPath: property[string](p, "FragmentPath"),
-		FileState:    property[string](p, "UnitFileState"),
-		Stale:        property[bool](p, "NeedDaemonReload"),
 		Result:       property[string](p, "Result"),
-		MainPID:      int(property[uint32](p, "MainPID")),
-		ExitCode:     int(property[int32](p, "ExecMainStatus")),
 		Restarts:     int(property[uint32](p, "NRestarts")),
 		Invocation:   fmt.Sprintf("%x", property[[]byte](p, "InvocationID")),
-		Cgroup:       property[string](p, "ControlGroup"),
-	}
-	if us := property[uint64](p, "StateChangeTimestamp"); us != 0 {
-		d.Since = time.UnixMicro(int64(us))
 	}
 	if v, ok := p["LoadError"].Value().([]any); ok && len(v) == 2 {
 		text, _ := v[1].(string)
@@ -151,8 +125,8 @@ func property[T any](p map[string]dbus.Variant, name string) T {
 	return v
 }
 
-// Failures says of a call for many units which failed, by what was given for
-// them. The others succeeded.
+// Failures are the units for which a call failed, by the name or path that was
+// given. For all others the call succeeded.
 type Failures map[string]error
 
 func (f Failures) Error() string {
@@ -196,8 +170,8 @@ func (c *Conn) Disable(ctx context.Context, names ...string) error {
 	})
 }
 
-// many calls do with all names, and one by one if systemd refuses that, so
-// that one unit does not hinder the others.
+// many calls do with all names and, if systemd refuses that, with each alone, so
+// that one bad unit does not keep the others from it.
 func (c *Conn) many(ctx context.Context, verb string, names []string, do func([]string) error) error {
 	if len(names) == 0 {
 		return nil
