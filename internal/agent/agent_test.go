@@ -10,14 +10,15 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
+	"flotilla/internal/unit"
 )
 
 func TestStartReplaceStopRelease(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	p := r.begin()
-	r.place("web.service", service("run"), registry.Launched)
+	r.place("web.service", service("run"), unit.Launched)
 	r.waitActive("web.service")
 	if !p.Registered() {
 		t.Error("it runs a unit and says that it is not registered")
@@ -33,32 +34,31 @@ func TestStartReplaceStopRelease(t *testing.T) {
 
 	// A new version: the old one's stop has ended before its file is touched.
 	first := r.fake.invocation("web.service")
-	r.place("web.service", service("slow"), registry.Launched)
+	r.place("web.service", service("slow"), unit.Launched)
 	r.wait("the new version to begin", func() bool { return r.fake.active("web.service") == "activating" })
-	r.waitState("web.service", "to be launched", func(s registry.State) bool { return s.Launched && s.Active == "activating" })
+	r.waitState("web.service", "to be launched", func(s state.UnitState) bool { return s.Launched && s.Active == "activating" })
 	if r.fake.invocation("web.service") == first {
 		t.Error("the old version still runs")
 	}
 	// A stop does not wait for a start that takes for ever.
-	r.place("web.service", service("slow"), registry.Loaded)
+	r.place("web.service", service("slow"), unit.Loaded)
 	r.wait("the stop to begin", func() bool { return r.fake.active("web.service") == "deactivating" })
 	r.fake.goOn("web.service")
-	r.waitState("web.service", "to be loaded only", func(s registry.State) bool { return !s.Launched && s.Active == "inactive" && s.Load == "loaded" })
+	r.waitState("web.service", "to be loaded only", func(s state.UnitState) bool { return !s.Launched && s.Active == "inactive" && s.Load == "loaded" })
 
-	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts = 3 })
-	r.waitState("web.service", "to be restarted", func(s registry.State) bool { return s.Active == "active" && s.Restarts == 3 })
+	r.place("web.service", service("run"), unit.Launched, func(e *placed) { e.Restarts = 3 })
+	r.waitState("web.service", "to be restarted", func(s state.UnitState) bool { return s.Active == "active" && s.Restarts == 3 })
 	second := r.fake.invocation("web.service")
-	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts = 4 })
-	r.waitState("web.service", "to be restarted", func(s registry.State) bool { return s.Active == "active" && s.Restarts == 4 })
+	r.place("web.service", service("run"), unit.Launched, func(e *placed) { e.Restarts = 4 })
+	r.waitState("web.service", "to be restarted", func(s state.UnitState) bool { return s.Active == "active" && s.Restarts == 4 })
 	if r.fake.invocation("web.service") == second {
 		t.Error("no restart")
 	}
 
-	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts, e.Release = 4, "drained" })
+	r.place("web.service", service("run"), unit.Launched, func(e *placed) { e.Restarts, e.Leave = 4, "drained" })
 	r.wait("the release", func() bool {
-		_, entry := r.get(r.keys.Entry(r.machine.ID, "web.service"))
 		_, placement := r.get(r.keys.Placement("web.service"))
-		return !entry && !placement
+		return !placement
 	})
 	r.wait("its files to be gone", r.clean)
 	r.wait("its state to be gone", func() bool { return len(r.states()) == 0 })
@@ -70,9 +70,9 @@ func TestNewAndGoneUnitsNeedNoReload(t *testing.T) {
 	r := newRig(t)
 	r.begin()
 	r.generation()
-	r.place("web.service", service("run"), registry.Launched)
+	r.place("web.service", service("run"), unit.Launched)
 	r.waitActive("web.service")
-	r.place("web.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Release = "it was destroyed" })
+	r.place("web.service", service("run"), unit.Launched, func(e *placed) { e.Leave = "it was destroyed" })
 	r.wait("its files to be gone", r.clean)
 	r.fake.mu.Lock()
 	n := r.fake.reloads
@@ -95,7 +95,7 @@ func TestReloadsRest(t *testing.T) {
 	began := time.Now()
 	for i := range 20 {
 		name := fmt.Sprintf("u%d.service", i)
-		r.place(name, service("run", "[Install]", "WantedBy=multi-user.target"), registry.Launched)
+		r.place(name, service("run", "[Install]", "WantedBy=multi-user.target"), unit.Launched)
 		r.waitActive(name)
 	}
 	most := 2 + int(time.Since(began)/(5*takes))
@@ -112,16 +112,16 @@ func TestManyUnitsShareAReload(t *testing.T) {
 	p := r.begin()
 	r.generation()
 	// Names against the order in which they are to be started.
-	r.place("a.service", "[Unit]\nAfter=b.service\n"+service("run"), registry.Launched)
+	r.place("a.service", "[Unit]\nAfter=b.service\n"+service("run"), unit.Launched)
 	r.waitActive("a.service")
 	p.finish()
 	for i := range 100 {
-		r.place(fmt.Sprintf("u%d@x.service", i), service("run", "[Install]", "WantedBy=multi-user.target"), registry.Launched)
+		r.place(fmt.Sprintf("u%d@x.service", i), service("run", "[Install]", "WantedBy=multi-user.target"), unit.Launched)
 	}
-	r.place("c.service", "[Unit]\nAfter=d.service\n"+service("run"), registry.Launched)
-	r.place("d.service", "[Unit]\nAfter=e.service\n"+service("slow"), registry.Launched)
-	r.place("e.service", "[Unit]\nAfter=f.service\n"+service("run"), registry.Launched)
-	r.place("f.service", "[Unit]\nBefore=c.service\n"+service("run"), registry.Launched)
+	r.place("c.service", "[Unit]\nAfter=d.service\n"+service("run"), unit.Launched)
+	r.place("d.service", "[Unit]\nAfter=e.service\n"+service("slow"), unit.Launched)
+	r.place("e.service", "[Unit]\nAfter=f.service\n"+service("run"), unit.Launched)
+	r.place("f.service", "[Unit]\nBefore=c.service\n"+service("run"), unit.Launched)
 	r.fake.mu.Lock()
 	before := r.fake.reloads
 	r.fake.mu.Unlock()
@@ -154,32 +154,33 @@ func TestBadUnitsHarmNobody(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.begin()
-	r.place("long.service", service("run", strings.Repeat("#"+strings.Repeat("x", 1022)+"\n", maxText>>10)), registry.Launched)
-	r.place("syntax.service", "[Service\nExecStart=/bin/run\n", registry.Launched)
-	r.place("bad.service", service("bad"), registry.Launched)
-	r.place("unlinkable.service", service("unlinkable"), registry.Launched)
-	r.place("limit.service", service("limit"), registry.Launched)
-	r.place("fail.service", service("fail"), registry.Launched)
-	r.place("template@.service", service("run"), registry.Launched)
-	r.place(strings.Repeat("n", 247)+".service", service("run"), registry.Launched) // its drop-in's directory has too long a name
-	r.put(r.keys.Entry(r.machine.ID, "../../evil.service"), registry.Encode(registry.Entry{V: 1, Text: service("run"), Desired: registry.Launched}))
-	r.put(r.keys.Entry(r.machine.ID, "newer.service"), `{"v":99}`)
-	r.place("good.service", service("run"), registry.Launched)
+	r.place("long.service", service("run", strings.Repeat("#"+strings.Repeat("x", 1022)+"\n", maxText>>10)), unit.Launched)
+	r.place("syntax.service", "[Service\nExecStart=/bin/run\n", unit.Launched)
+	r.place("bad.service", service("bad"), unit.Launched)
+	r.place("unlinkable.service", service("unlinkable"), unit.Launched)
+	r.place("limit.service", service("limit"), unit.Launched)
+	r.place("fail.service", service("fail"), unit.Launched)
+	r.place("template@.service", service("run"), unit.Launched)
+	r.place(strings.Repeat("n", 247)+".service", service("run"), unit.Launched) // its drop-in's directory has too long a name
+	r.place("../../evil.service", service("run"), unit.Launched)
+	r.place("newer.service", service("run"), unit.Loaded)
+	r.put(r.keys.Unit("newer.service"), `{"v":99}`)
+	r.place("good.service", service("run"), unit.Launched)
 	r.waitActive("good.service")
 	for name, want := range map[string]string{
-		"long.service": "bytes", "syntax.service": "not valid", "bad.service": "ExecStart= is bad", "unlinkable.service": "cannot be linked",
+		"long.service": "bytes", "syntax.service": "cannot be used", "bad.service": "ExecStart= is bad", "unlinkable.service": "cannot be linked",
 		"limit.service": "given up", "template@.service": "template", "newer.service": "upgrade", strings.Repeat("n", 247) + ".service": "too long",
 	} {
-		r.waitState(name, "to be in trouble", func(s registry.State) bool { return strings.Contains(s.Trouble, want) })
+		r.waitState(name, "to be in trouble", func(s state.UnitState) bool { return strings.Contains(s.Trouble, want) })
 	}
-	r.waitState("fail.service", "to be launched", func(s registry.State) bool { return s.Launched && s.Active == "failed" && s.Trouble == "" })
+	r.waitState("fail.service", "to be launched", func(s state.UnitState) bool { return s.Launched && s.Active == "failed" && s.Trouble == "" })
 	if _, err := os.Stat(filepath.Join(r.dir, "evil.service")); !errors.Is(err, os.ErrNotExist) {
 		t.Error("a file outside of the directory was written")
 	}
 	// What runs of an earlier version keeps running.
 	was := r.fake.invocation("good.service")
-	r.place("good.service", "[Service\n", registry.Launched)
-	r.waitState("good.service", "to be in trouble", func(s registry.State) bool { return s.Trouble != "" && s.Active == "active" })
+	r.place("good.service", "[Service\n", unit.Launched)
+	r.waitState("good.service", "to be in trouble", func(s state.UnitState) bool { return s.Trouble != "" && s.Active == "active" })
 	if r.fake.invocation("good.service") != was {
 		t.Error("it was restarted")
 	}
@@ -190,23 +191,23 @@ func TestVoidEntriesStartNothing(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.begin()
-	r.place("old.service", service("run"), registry.Launched)
+	r.place("old.service", service("run"), unit.Launched)
 	r.waitActive("old.service")
 	was := r.fake.invocation("old.service")
-	void := func(e *registry.Entry) { e.Generation-- }
-	r.place("new.service", service("run"), registry.Launched, void)
-	r.place("old.service", service("run", "Nice=1"), registry.Launched, void)
-	r.waitState("new.service", "to wait", func(s registry.State) bool { return s.Waiting != "" && s.Load == "" })
-	r.place("other.service", service("run"), registry.Launched)
+	void := func(e *placed) { e.Generation-- }
+	r.place("new.service", service("run"), unit.Launched, void)
+	r.place("old.service", service("run", "Nice=1"), unit.Launched, void)
+	r.waitState("new.service", "to wait", func(s state.UnitState) bool { return s.Waiting != "" && s.Load == "" })
+	r.place("other.service", service("run"), unit.Launched)
 	r.waitActive("other.service")
 	if r.fake.invocation("old.service") != was || r.fake.active("new.service") != "inactive" {
 		t.Error("a void entry had an effect")
 	}
 	// The refresh: same text as what runs, new epoch, no restart.
-	r.place("old.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Epoch = 9 })
-	r.place("new.service", service("run"), registry.Launched)
+	r.place("old.service", service("run"), unit.Launched, func(e *placed) { e.Epoch = 9 })
+	r.place("new.service", service("run"), unit.Launched)
 	r.waitActive("new.service")
-	r.waitState("old.service", "to have the new epoch", func(s registry.State) bool { return s.Epoch == 9 && s.Active == "active" })
+	r.waitState("old.service", "to have the new epoch", func(s state.UnitState) bool { return s.Epoch == 9 && s.Active == "active" })
 	if r.fake.invocation("old.service") != was {
 		t.Error("a refresh restarted the unit")
 	}
@@ -218,21 +219,21 @@ func TestLostLease(t *testing.T) {
 	r := newRig(t)
 	r.ttl = 6 * time.Second
 	r.begin()
-	r.place("a.service", service("run"), registry.Launched)
+	r.place("a.service", service("run"), unit.Launched)
 	r.waitActive("a.service")
 	was, g := r.fake.invocation("a.service"), r.generation()
 	r.proxy.Cut()
-	r.wait("the machine to be gone", func() bool { _, ok := r.get(r.keys.Machine(r.machine.ID)); return !ok })
+	r.wait("the machine to be gone", func() bool { _, ok := r.get(r.keys.Node(r.machine.ID)); return !ok })
 	r.proxy.Mend()
 	g2 := r.generation()
 	if g2 == g {
 		t.Fatal("the generation is the same")
 	}
-	r.waitState("a.service", "to run on", func(s registry.State) bool { return s.Active == "active" && s.Launched })
-	r.place("b.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Generation = g })
-	r.waitState("b.service", "to wait", func(s registry.State) bool { return s.Waiting != "" })
-	r.place("a.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
-	r.waitState("a.service", "to be refreshed", func(s registry.State) bool { return s.Active == "active" && s.Epoch == 8 })
+	r.waitState("a.service", "to run on", func(s state.UnitState) bool { return s.Active == "active" && s.Launched })
+	r.place("b.service", service("run"), unit.Launched, func(e *placed) { e.Generation = g })
+	r.waitState("b.service", "to wait", func(s state.UnitState) bool { return s.Waiting != "" })
+	r.place("a.service", service("run"), unit.Launched, func(e *placed) { e.Epoch = 8 })
+	r.waitState("a.service", "to be refreshed", func(s state.UnitState) bool { return s.Active == "active" && s.Epoch == 8 })
 	if r.fake.invocation("a.service") != was {
 		t.Error("the unit was restarted")
 	}
@@ -241,23 +242,40 @@ func TestLostLease(t *testing.T) {
 func TestGlobalUnits(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	r.begin()
-	global := func(name, xfleet string, desired registry.Desired, epoch int64) {
-		r.put(r.keys.Entry(registry.Global, name), registry.Encode(registry.Entry{
-			V: 1, Text: service("run", "[X-Fleet]", "Global=yes", xfleet), Desired: desired, Epoch: epoch,
-		}))
+	p := r.begin()
+	global := func(name, xfleet string, desired unit.Desired) (epoch int64) {
+		return r.put(r.keys.Unit(name), state.Encode(state.UnitRecord{V: 1, Text: service("run", "[X-Fleet]", "Global=yes", xfleet), Desired: desired}))
 	}
-	global("a.service", "MachineMetadata=disk=ssd", registry.Launched, 1)
-	global("b.service", "Conflicts=a.service", registry.Launched, 2)
-	global("c.service", "MachineMetadata=disk=hdd", registry.Launched, 3)
-	global("d.service", "", registry.Loaded, 4)
+	epoch := global("a.service", "MachineMetadata=disk=ssd", unit.Launched)
+	global("b.service", "Conflicts=a.service", unit.Launched)
+	global("c.service", "MachineMetadata=disk=hdd", unit.Launched)
+	global("d.service", "", unit.Loaded)
 	r.waitActive("a.service")
-	r.waitState("d.service", "to be loaded", func(s registry.State) bool { return s.Load == "loaded" && !s.Launched })
-	r.waitState("b.service", "to wait", func(s registry.State) bool { return strings.Contains(s.Waiting, "a.service") && s.Load == "" })
-	r.put(r.keys.Settings(r.machine.ID), registry.Encode(registry.Settings{V: 1, Metadata: map[string]string{"disk": "hdd"}}))
+	r.waitState("d.service", "to be loaded", func(s state.UnitState) bool { return s.Load == "loaded" && !s.Launched })
+	r.waitState("b.service", "to wait", func(s state.UnitState) bool { return strings.Contains(s.Waiting, "a.service") && s.Load == "" })
+	r.put(r.keys.Settings(r.machine.ID), state.Encode(state.Settings{V: 1, Metadata: map[string]string{"disk": "hdd"}}))
 	r.waitActive("c.service")
 	r.waitActive("b.service")
 	r.wait("a to leave", func() bool { _, ok := r.states()["a.service"]; return !ok })
+
+	// Its epoch is when it was made, whatever becomes of it.
+	if got := r.states()["b.service"].Epoch; got != epoch+1 {
+		t.Errorf("the epoch is %d, want %d", got, epoch+1)
+	}
+	// A bad version does not end the one before it; nor is it a reason to go where it was not.
+	was := r.fake.invocation("c.service")
+	r.put(r.keys.Unit("c.service"), state.Encode(state.UnitRecord{V: 1, Text: "[Service\n", Desired: unit.Launched}))
+	r.waitState("c.service", "to be in trouble", func(s state.UnitState) bool { return s.Trouble != "" && s.Active == "active" })
+	p.finish()
+	r.put(r.keys.Unit("e.service"), state.Encode(state.UnitRecord{V: 1, Text: "[Service\n", Desired: unit.Launched}))
+	r.begin()
+	r.waitState("c.service", "to be left as it is by the next agent", func(s state.UnitState) bool { return s.Trouble != "" && s.Active == "active" })
+	if _, there := r.states()["e.service"]; there || r.fake.invocation("c.service") != was {
+		t.Errorf("e is here: %v, or c was touched: %v", there, r.fake.did())
+	}
+	r.put(r.keys.Unit("c.service"), state.Encode(state.UnitRecord{V: 1, Text: "[Service\n", Desired: unit.Inactive}))
+	r.delete(r.keys.Unit("b.service"))
+	r.wait("b to leave", func() bool { _, ok := r.states()["b.service"]; return !ok })
 	r.check()
 }
 
@@ -267,7 +285,7 @@ func TestLeave(t *testing.T) {
 		r := newRig(t)
 		p := r.begin()
 		for i := range 20 {
-			r.place(fmt.Sprintf("u%d.service", i), service("run"), registry.Launched)
+			r.place(fmt.Sprintf("u%d.service", i), service("run"), unit.Launched)
 		}
 		r.wait("all", func() bool { return len(r.states()) == 20 })
 		for i := range 20 {
@@ -301,13 +319,13 @@ func TestSlowUnitHoldsUpNobody(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.begin()
-	r.place("slow.service", service("slow"), registry.Launched)
+	r.place("slow.service", service("slow"), unit.Launched)
 	r.wait("the start", func() bool { return r.fake.active("slow.service") == "activating" })
-	r.place("slow.service", service("run"), registry.Launched)
+	r.place("slow.service", service("run"), unit.Launched)
 	r.wait("the stop", func() bool { return r.fake.active("slow.service") == "deactivating" })
-	r.place("quick.service", service("run"), registry.Launched)
+	r.place("quick.service", service("run"), unit.Launched)
 	r.waitActive("quick.service")
-	r.delete(r.keys.Entry(r.machine.ID, "quick.service"))
+	r.delete(r.keys.Placement("quick.service"))
 	r.wait("quick to leave", func() bool { _, ok := r.states()["quick.service"]; return !ok })
 	r.fake.goOn("slow.service")
 	r.waitActive("slow.service")
@@ -319,14 +337,14 @@ func TestEarlierInstallIsUndone(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.begin()
-	r.place("web.service", service("run")+"[Install]\nWantedBy=multi-user.target\n", registry.Launched)
+	r.place("web.service", service("run")+"[Install]\nWantedBy=multi-user.target\n", unit.Launched)
 	r.waitActive("web.service")
-	r.place("web.service", service("other"), registry.Launched)
+	r.place("web.service", service("other"), unit.Launched)
 	r.wait("the new version", func() bool {
 		text, _ := os.ReadFile(filepath.Join(r.fake.units, "web.service"))
 		return string(text) == service("other") && r.fake.active("web.service") == "active"
 	})
-	r.delete(r.keys.Entry(r.machine.ID, "web.service"))
+	r.delete(r.keys.Placement("web.service"))
 	r.wait("its state to be gone", func() bool { return len(r.states()) == 0 })
 	r.fake.mu.Lock()
 	defer r.fake.mu.Unlock()
@@ -344,9 +362,9 @@ func TestForeignUnitIsLeftAlone(t *testing.T) {
 	r.fake.files["ssh.service"] = service("run")
 	r.fake.runs["ssh.service"] = &fakeRun{active: "active", sub: "running", text: service("run")}
 	r.begin()
-	r.place("ssh.service", service("other"), registry.Launched)
-	r.waitState("ssh.service", "to be in trouble", func(s registry.State) bool { return strings.Contains(s.Trouble, "/lib/systemd") })
-	r.delete(r.keys.Entry(r.machine.ID, "ssh.service"))
+	r.place("ssh.service", service("other"), unit.Launched)
+	r.waitState("ssh.service", "to be in trouble", func(s state.UnitState) bool { return strings.Contains(s.Trouble, "/lib/systemd") })
+	r.delete(r.keys.Placement("ssh.service"))
 	r.wait("its state to be gone", func() bool { return len(r.states()) == 0 })
 	if r.fake.active("ssh.service") != "active" {
 		t.Error("the machine's own unit was stopped")

@@ -7,13 +7,13 @@ import (
 	"slices"
 	"time"
 
-	"flotilla/internal/registry"
 	"flotilla/internal/systemd"
+	"flotilla/internal/unit"
 )
 
 // carry carries out the steps of one plan. What takes long is begun and left to
 // workers.
-func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
+func (a *Agent) carry(ctx context.Context, now *part, steps []Step) {
 	by := map[Action][]Step{}
 	for _, s := range steps {
 		a.log.Debug("step", "do", string(s.Do), "unit", s.Unit, "reason", s.Reason)
@@ -35,12 +35,12 @@ func (a *Agent) carry(ctx context.Context, now *present, steps []Step) {
 			a.forget(name)
 		}
 		for _, name := range loaded {
-			a.units[name].rec.Whole = true
+			a.units[name].Whole = true
 			a.note(name)
 		}
 		for _, name := range slices.Concat(unloaded, loaded) {
-			if u := a.units[name]; found[name].Load == "loaded" || !u.on && found[name].Load == "not-found" {
-				u.status, u.detail = found[name], systemd.Detail{}
+			if u := a.units[name]; found[name].Load == "loaded" || !u.On && found[name].Load == "not-found" {
+				u.Status, u.detail = found[name], systemd.Detail{}
 			} else {
 				a.look[name] = true
 			}
@@ -92,21 +92,21 @@ func (a *Agent) reread(ctx context.Context, unloaded, loaded []string) (found ma
 
 // needsReload reports whether what systemd knows of a unit that is to be loaded,
 // or of what it is installed in, is out of date.
-func (a *Agent) needsReload(name string, e entry) bool {
+func (a *Agent) needsReload(name string, w *want) bool {
 	u := a.units[name]
-	return u.on || u.status.Load != "not-found" || e.install
+	return u.On || u.Status.Load != "not-found" || w.Install
 }
 
 // rest takes out of the steps the units whose loading needs systemd to read all
 // files again, if it has just done that and need not anyway: it is deaf meanwhile,
 // and when many units change one after the other it would do little else.
-func (a *Agent) rest(now *present, by map[Action][]Step) {
+func (a *Agent) rest(now *part, by map[Action][]Step) {
 	if a.reload || !time.Now().Before(a.reloadAfter) {
 		return
 	}
 	later := map[string]bool{}
 	for _, s := range by[Load] {
-		if a.needsReload(s.Unit, now.entries[s.Unit]) {
+		if a.needsReload(s.Unit, now.wants[s.Unit]) {
 			later[s.Unit] = true
 		}
 	}
@@ -153,7 +153,7 @@ func (a *Agent) succeed(name string) {
 
 // note writes the record of a unit down.
 func (a *Agent) note(name string) bool {
-	if err := a.disk.note(name, a.units[name].rec); err != nil {
+	if err := a.disk.note(name, a.units[name].record); err != nil {
 		a.fail(name, err)
 		return false
 	}
@@ -188,12 +188,12 @@ func (a *Agent) unload(ctx context.Context, names []string) []string {
 		return nil
 	}
 	for _, name := range names {
-		a.units[name].rec.Whole = false
+		a.units[name].Whole = false
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !a.note(name) })
 	// Where nothing else was linked systemd need not look through all its folders.
 	installed := slices.DeleteFunc(slices.Clone(names), func(name string) bool {
-		return !a.units[name].rec.Installed && a.disk.isPlain(name)
+		return !a.units[name].Installed && a.disk.isPlain(name)
 	})
 	enabled := a.failed(slices.Clone(installed), itself, a.cfg.Systemd.Disable(ctx, installed...))
 	return slices.DeleteFunc(names, func(name string) bool {
@@ -214,30 +214,30 @@ func (a *Agent) forget(name string) {
 		a.fail(name, err)
 		return
 	}
-	u.on, u.rec, u.broken = false, record{}, ""
+	u.On, u.record, u.Broken = false, record{}, ""
 	a.succeed(name)
 }
 
 // load writes and links the files of units, and returns those that are whole
 // when systemd has read its files.
-func (a *Agent) load(ctx context.Context, now *present, names []string) []string {
+func (a *Agent) load(ctx context.Context, now *part, names []string) []string {
 	if len(names) == 0 {
 		return nil
 	}
 	names = slices.DeleteFunc(names, func(name string) bool {
-		u, w, e := a.units[name], now.wants[name], now.entries[name]
-		old, was := u.rec, u.on
-		a.reload = a.reload || a.needsReload(name, e)
-		u.rec.Hash, u.rec.Sum, u.rec.Epoch, u.rec.Exclusive, u.rec.Whole = w.Hash, w.Sum, w.Epoch, w.Exclusive, false
-		if !was {
-			u.rec = record{Hash: w.Hash, Sum: w.Sum, Epoch: w.Epoch, Exclusive: w.Exclusive, Restarts: w.Restarts}
+		u, w := a.units[name], now.wants[name]
+		old := u.have
+		a.reload = a.reload || a.needsReload(name, w)
+		if !u.On {
+			u.record = record{Restarts: w.Restarts}
 		}
-		u.on, u.rec.Installed = true, old.Installed || e.install
+		u.Hash, u.Sum, u.Epoch, u.Exclusive, u.Whole = w.Hash, w.Sum, w.Epoch, w.Exclusive, false
+		u.On, u.Installed = true, u.Installed || w.Install
 		if !a.note(name) {
-			u.rec, u.on = old, was
+			u.have = old
 			return true
 		}
-		if err := a.disk.write(name, e.Text, e.dropIn(name, a.own)); err != nil {
+		if err := a.disk.write(name, w.Text, w.DropIn); err != nil {
 			a.fail(name, err)
 			return true
 		}
@@ -250,7 +250,7 @@ func (a *Agent) load(ctx context.Context, now *present, names []string) []string
 	names = a.failed(names, a.disk.unit, a.cfg.Systemd.Link(ctx, paths...))
 	var install []string
 	for _, name := range names {
-		if now.entries[name].install {
+		if now.wants[name].Install {
 			install = append(install, name)
 		}
 	}
@@ -263,10 +263,10 @@ func (a *Agent) load(ctx context.Context, now *present, names []string) []string
 	})
 }
 
-func (a *Agent) adopt(name string, w want) {
+func (a *Agent) adopt(name string, w *want) {
 	u := a.units[name]
-	u.rec.Launched = u.rec.Launched || w.Desired == registry.Launched
-	u.rec.Restarts, u.rec.Doing, u.broken = w.Restarts, "", ""
+	u.Launched = u.Launched || w.Desired == unit.Launched
+	u.Restarts, u.Doing, u.Broken = w.Restarts, "", ""
 	if a.note(name) {
 		a.succeed(name)
 	}

@@ -7,12 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"time"
 
-	"golang.org/x/sys/unix"
-
+	"flotilla/internal/durable"
 	"flotilla/internal/unit"
 )
 
@@ -34,19 +31,15 @@ type record struct {
 	Asked  int64  `json:"asked,omitempty"` // the number of that restart
 }
 
-// disk is where the files are.
+// disk is where the files are. All of them are below /run, in memory, so that they
+// are gone after a reboot, and so that fsync costs nothing.
 type disk struct {
 	units   string // unit files, linked from there
 	dropIns string // systemd's own directory of run-time units
 	state   string // records
 }
 
-const (
-	dropInName = "50-flotilla.conf"
-	freshName  = ".new" // of a file before it is complete; no unit can be called so
-	soloName   = "solo" // see guard
-	t0Name     = "t0"   // see guard
-)
+const dropInName = "50-flotilla.conf"
 
 func (d disk) unit(name string) string      { return filepath.Join(d.units, name) }
 func (d disk) records() string              { return filepath.Join(d.state, "units") }
@@ -67,7 +60,7 @@ func (d disk) open() (map[string]record, error) {
 		return nil, fmt.Errorf("list unit files: %w", err)
 	}
 	for _, f := range files {
-		if checkName(f.Name()) != nil || !f.Type().IsRegular() {
+		if unit.CheckName(f.Name()) != nil || !f.Type().IsRegular() {
 			continue
 		}
 		r := record{}
@@ -83,7 +76,7 @@ func (d disk) open() (map[string]record, error) {
 		return nil, fmt.Errorf("list the records of units: %w", err)
 	}
 	for _, f := range files {
-		if checkName(f.Name()) != nil {
+		if unit.CheckName(f.Name()) != nil {
 			continue
 		}
 		r := all[f.Name()]
@@ -104,15 +97,15 @@ func (d disk) note(name string, r record) error {
 	if err != nil {
 		return fmt.Errorf("note unit %s: %w", name, err)
 	}
-	return replace(d.records(), name, string(text))
+	return durable.WriteFile(filepath.Join(d.records(), name), text, 0o644)
 }
 
 // forget removes the record of a unit.
-func (d disk) forget(name string) error { return remove(filepath.Join(d.records(), name)) }
+func (d disk) forget(name string) error { return durable.Remove(filepath.Join(d.records(), name)) }
 
 // write writes the files of a unit; an empty drop-in is none.
 func (d disk) write(name, text, dropIn string) error {
-	if err := replace(d.units, name, text); err != nil {
+	if err := durable.WriteFile(d.unit(name), []byte(text), 0o644); err != nil {
 		return err
 	}
 	if dropIn == "" {
@@ -121,7 +114,7 @@ func (d disk) write(name, text, dropIn string) error {
 	if err := os.MkdirAll(d.dropInDir(name), 0o755); err != nil {
 		return fmt.Errorf("make the directory of a drop-in: %w", err)
 	}
-	return replace(d.dropInDir(name), dropInName, dropIn)
+	return durable.WriteFile(filepath.Join(d.dropInDir(name), dropInName), []byte(dropIn), 0o644)
 }
 
 // isPlain reports whether the file of a unit says of no other unit that it is
@@ -141,16 +134,16 @@ func (d disk) unlink(name string) error {
 	if err != nil || to != d.unit(name) {
 		return nil
 	}
-	return remove(link)
+	return durable.Remove(link)
 }
 
 // remove removes the files of a unit.
 func (d disk) remove(name string) error {
-	return errors.Join(remove(d.unit(name)), d.removeDropIn(name))
+	return errors.Join(durable.Remove(d.unit(name)), d.removeDropIn(name))
 }
 
 func (d disk) removeDropIn(name string) error {
-	if err := remove(filepath.Join(d.dropInDir(name), dropInName)); err != nil {
+	if err := durable.Remove(filepath.Join(d.dropInDir(name), dropInName)); err != nil {
 		return err
 	}
 	if err := os.Remove(d.dropInDir(name)); err != nil && !errors.Is(err, fs.ErrNotExist) && !isNotEmpty(err) {
@@ -161,76 +154,4 @@ func (d disk) removeDropIn(name string) error {
 
 func isNotEmpty(err error) bool { // somebody else's drop-in is in there
 	return errors.Is(err, fs.ErrExist) // which is what Go makes of ENOTEMPTY
-}
-
-func (d disk) solo() bool {
-	_, err := os.Stat(filepath.Join(d.state, soloName))
-	return err == nil
-}
-
-func (d disk) setSolo(solo bool) error {
-	if !solo {
-		return remove(filepath.Join(d.state, soloName))
-	}
-	return replace(d.state, soloName, "")
-}
-
-// t0 returns what was written with setT0 since the machine was booted, rounded
-// down; zero if there is nothing, or nothing that can be true.
-func (d disk) t0() time.Time {
-	text, err := os.ReadFile(filepath.Join(d.state, t0Name))
-	if err != nil {
-		return time.Time{}
-	}
-	at, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	now := time.Now()
-	up, bad := sinceBoot()
-	if err != nil || bad != nil || at <= 0 || time.Duration(at) > up {
-		return time.Time{}
-	}
-	return now.Add(time.Duration(at) - up)
-}
-
-// setT0 writes a moment down by the clock that counts from the machine's boot;
-// the zero Time removes what was written.
-func (d disk) setT0(t0 time.Time) error {
-	if t0.IsZero() {
-		return remove(filepath.Join(d.state, t0Name))
-	}
-	up, err := sinceBoot()
-	if err != nil {
-		return err
-	}
-	return replace(d.state, t0Name, strconv.FormatInt(int64(up-time.Since(t0)), 10)+"\n")
-}
-
-// sinceBoot is a clock that also counts the time that the machine is asleep.
-func sinceBoot() (time.Duration, error) {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		return 0, fmt.Errorf("read the clock: %w", err)
-	}
-	return time.Duration(ts.Nano()), nil
-}
-
-// replace writes a file whole or not at all.
-func replace(dir, name, text string) error {
-	if strings.Contains(name, "/") {
-		return fmt.Errorf("write %s: it is not the name of a file", name)
-	}
-	fresh := filepath.Join(dir, freshName)
-	if err := os.WriteFile(fresh, []byte(text), 0o644); err != nil {
-		return fmt.Errorf("write a file of units: %w", err)
-	}
-	if err := os.Rename(fresh, filepath.Join(dir, name)); err != nil {
-		return fmt.Errorf("write a file of units: %w", err)
-	}
-	return nil
-}
-
-func remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove a file of units: %w", err)
-	}
-	return nil
 }

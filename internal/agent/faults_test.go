@@ -9,8 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/systemd"
+	"flotilla/internal/unit"
 )
 
 // beside returns a rig of another machine on the same store.
@@ -29,12 +30,12 @@ func (r *rig) beside(t testing.TB, n int) *rig {
 func (r *rig) story() {
 	r.t.Helper()
 	installed := []string{"[Install]", "WantedBy=multi-user.target"}
-	r.place("replaced.service", service("run", "Nice=2"), registry.Launched)
-	r.place("restarted.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Restarts = 1 })
-	r.place("released.service", service("run"), registry.Launched, func(e *registry.Entry) { e.Release = "drained" })
-	r.place("new.service", service("run", installed...), registry.Launched)
-	r.place("stopped.service", service("run"), registry.Loaded)
-	r.delete(r.keys.Entry(r.machine.ID, "gone.service"))
+	r.place("replaced.service", service("run", "Nice=2"), unit.Launched)
+	r.place("restarted.service", service("run"), unit.Launched, func(e *placed) { e.Restarts = 1 })
+	r.place("released.service", service("run"), unit.Launched, func(e *placed) { e.Leave = "drained" })
+	r.place("new.service", service("run", installed...), unit.Launched)
+	r.place("stopped.service", service("run"), unit.Loaded)
+	r.delete(r.keys.Placement("gone.service"))
 }
 
 func (r *rig) beforeStory() *process {
@@ -42,7 +43,7 @@ func (r *rig) beforeStory() *process {
 	p := r.begin()
 	names := []string{"replaced.service", "restarted.service", "released.service", "stopped.service", "gone.service", "calm.service"}
 	for _, name := range names {
-		r.place(name, service("run"), registry.Launched)
+		r.place(name, service("run"), unit.Launched)
 	}
 	for _, name := range names {
 		r.waitActive(name)
@@ -57,14 +58,14 @@ func (r *rig) afterStory() {
 	for _, name := range []string{"replaced.service", "new.service", "restarted.service", "calm.service"} {
 		r.waitActive(name)
 	}
-	r.waitState("restarted.service", "to be restarted", func(s registry.State) bool { return s.Restarts == 1 && s.Active == "active" })
-	r.waitState("stopped.service", "to be stopped", func(s registry.State) bool { return !s.Launched && s.Active == "inactive" })
+	r.waitState("restarted.service", "to be restarted", func(s state.UnitState) bool { return s.Restarts == 1 && s.Active == "active" })
+	r.waitState("stopped.service", "to be stopped", func(s state.UnitState) bool { return !s.Launched && s.Active == "inactive" })
 	r.wait("the new version", func() bool {
 		text, err := os.ReadFile(filepath.Join(r.fake.units, "replaced.service"))
 		return err == nil && string(text) == service("run", "Nice=2") && r.fake.active("replaced.service") == "active"
 	})
 	r.wait("the others to leave", func() bool { return len(r.states()) == 5 })
-	r.wait("the release", func() bool { _, there := r.get(r.keys.Entry(r.machine.ID, "released.service")); return !there })
+	r.wait("the release", func() bool { _, there := r.get(r.keys.Placement("released.service")); return !there })
 	if diff := fmt.Sprint(r.fake.linked()); diff != "[calm.service new.service replaced.service restarted.service stopped.service]" {
 		r.t.Errorf("linked are %v", diff)
 	}
@@ -150,7 +151,7 @@ func TestDeathAtEveryCall(t *testing.T) {
 				case <-died:
 					return true
 				default:
-					_, there := r.get(r.keys.Entry(r.machine.ID, "released.service"))
+					_, there := r.get(r.keys.Placement("released.service"))
 					return !there && len(r.states()) == 5 && r.states()["restarted.service"].Restarts == 1 && r.fake.active("replaced.service") == "active"
 				}
 			})
@@ -172,8 +173,8 @@ func TestLostRecords(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	p := r.begin()
-	r.place("a.service", service("run"), registry.Launched)
-	r.place("b.service", service("run"), registry.Launched)
+	r.place("a.service", service("run"), unit.Launched)
+	r.place("b.service", service("run"), unit.Launched)
 	r.waitActive("a.service")
 	r.waitActive("b.service")
 	was := r.fake.invocation("a.service")
@@ -181,7 +182,7 @@ func TestLostRecords(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(r.dir, "state")); err != nil {
 		t.Fatal(err)
 	}
-	r.delete(r.keys.Entry(r.machine.ID, "b.service"))
+	r.delete(r.keys.Placement("b.service"))
 	r.begin()
 	r.wait("b to leave", func() bool { return slices.Equal(r.fake.linked(), []string{"a.service"}) })
 	r.waitActive("a.service")
@@ -197,14 +198,14 @@ func TestReboot(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	p := r.begin()
-	r.place("a.service", service("run"), registry.Launched)
+	r.place("a.service", service("run"), unit.Launched)
 	r.waitActive("a.service")
 	g := r.generation()
 	p.finish()
 	b := *r
 	b.dir = t.TempDir()
 	b.fake = newFake(filepath.Join(b.dir, "units"), filepath.Join(b.dir, "systemd"), filepath.Join(b.dir, "gate"))
-	b.machine.BootID, b.machine.Node = "b2", "renamed"
+	b.machine.BootID, b.machine.Name = "b2", "renamed"
 	b.begin()
 	b.wait("a to run", func() bool { return b.fake.active("a.service") == "active" })
 	if b.generation() != g {
@@ -216,20 +217,18 @@ func TestStoreAway(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	p := r.begin()
-	r.place("a.service", service("run"), registry.Launched)
-	r.place("b.service", service("run"), registry.Launched)
+	r.place("a.service", service("run"), unit.Launched)
+	r.place("b.service", service("run"), unit.Launched)
 	r.waitActive("a.service")
 	r.waitActive("b.service")
 	p.finish()
 	r.proxy.Cut()
-	r.delete(r.keys.Entry(r.machine.ID, "b.service"))
+	r.delete(r.keys.Placement("b.service"))
 	p = r.begin()
 	steps := 0
 	r.fake.hook(func(int, string) (before, after error) { steps++; return nil, nil })
 	r.wait("the agent to have tried", func() bool {
-		p.view.mu.Lock()
-		defer p.view.mu.Unlock()
-		return !p.view.there[ownSchedule] && !p.Registered()
+		return p.cfg.Feed.Status().Err != "" && p.cfg.Feed.Latest().Revision == 0 && !p.Registered()
 	})
 	p.finish()
 	if history := r.fake.did(); len(history) != 2 || steps != 0 {
@@ -248,22 +247,18 @@ func TestSameMachineID(t *testing.T) {
 	r := newRig(t)
 	r.ttl = 6 * time.Second
 	p := r.begin()
-	r.place("a.service", service("run"), registry.Launched)
+	r.place("a.service", service("run"), unit.Launched)
 	r.waitActive("a.service")
 	g := r.generation()
 	other := *r
 	other.dir = t.TempDir()
 	other.fake = newFake(filepath.Join(other.dir, "units"), filepath.Join(other.dir, "systemd"), filepath.Join(other.dir, "gate"))
-	other.machine.BootID, other.machine.Node, other.machine.Address = "b9", "n9", "10.0.0.9"
+	other.machine.BootID, other.machine.Name, other.machine.Address = "b9", "n9", "10.0.0.9"
 	q := other.begin()
-	r.wait("the other to know its schedule", func() bool {
-		q.view.mu.Lock()
-		defer q.view.mu.Unlock()
-		return q.view.there[ownSchedule] && q.view.there[machines]
-	})
-	r.place("b.service", service("run"), registry.Launched)
+	r.wait("the other to know what is wanted", func() bool { return q.cfg.Feed.Latest().Revision > 0 })
+	r.place("b.service", service("run"), unit.Launched)
 	r.waitActive("b.service")
-	if kv, _ := r.get(r.keys.Machine(r.machine.ID)); kv.CreateRevision != g || q.Registered() || len(other.fake.did()) != 0 {
+	if kv, _ := r.get(r.keys.Node(r.machine.ID)); kv.CreateRevision != g || q.Registered() || len(other.fake.did()) != 0 {
 		t.Errorf("the other has taken the place: %s, %v", kv.Value, other.fake.did())
 	}
 	// It waits until the first one has gone.
@@ -272,13 +267,29 @@ func TestSameMachineID(t *testing.T) {
 	}
 	p.finish()
 	r.wait("the other to register", q.Registered)
+	other.place("c.service", service("run"), unit.Launched)
+	other.waitActive("c.service")
 
-	// Who finds that another one is in its place ends.
+	// Who finds that another one is in its place lets it be there, and comes back
+	// when it is gone.
+	q.cfg.Presence.Set(r.keys.RouterReport(r.machine.ID), "{}")
+	r.wait("the report", func() bool { _, there := r.get(r.keys.RouterReport(r.machine.ID)); return there })
 	m := r.machine
 	m.V, m.Session = 1, "other.1"
-	r.put(r.keys.Machine(r.machine.ID), registry.Encode(m))
-	if err := <-q.ended; !errors.Is(err, ErrReplaced) {
-		t.Errorf("it ended with %v", err)
+	r.put(r.keys.Node(r.machine.ID), state.Encode(m))
+	r.wait("it to withdraw", func() bool {
+		_, report := r.get(r.keys.RouterReport(r.machine.ID))
+		return !q.Registered() && q.Generation() == 0 && q.T0().IsZero() && !report
+	})
+	if kv, _ := r.get(r.keys.Node(r.machine.ID)); kv.Value != state.Encode(m) {
+		t.Errorf("the record of the other is %q", kv.Value)
 	}
-	q.ended <- nil
+	if other.fake.active("c.service") != "active" {
+		t.Error("its unit was stopped")
+	}
+	r.delete(r.keys.Node(r.machine.ID))
+	r.wait("it to come back, with all keys", func() bool {
+		_, report := r.get(r.keys.RouterReport(r.machine.ID))
+		return q.Registered() && !q.T0().IsZero() && report
+	})
 }

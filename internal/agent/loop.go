@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -8,8 +9,9 @@ import (
 	"slices"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/systemd"
+	"flotilla/internal/unit"
 )
 
 // ended is what came of a worker.
@@ -18,7 +20,7 @@ type ended struct {
 	turn int
 	do   Action
 	err  error
-	mod  int64 // of the entry, for Release
+	of   version // of the records, for Release
 }
 
 // loop makes pass after pass until ctx ends. All that it and its callees touch
@@ -26,53 +28,90 @@ type ended struct {
 func (a *Agent) loop(ctx context.Context) {
 	check := time.NewTicker(checkEvery)
 	defer check.Stop()
-	drained := make(chan struct{})
-	defer func() { // workers that end after the loop want to be heard all the same
-		go func() {
-			a.others.Wait()
-			close(drained)
-		}()
-		for {
-			select {
-			case <-a.ended:
-			case <-drained:
-				return
-			}
-		}
-	}()
+	defer a.drainWorkers()
 	for {
-		a.pass(ctx)
+		s, newer := a.cfg.Feed.Next()
+		a.pass(ctx, s)
+		if !a.await(ctx, newer, check.C) {
+			return
+		}
+		a.merge(ctx)
+	}
+}
+
+// await returns when a pass is due, and false when ctx ends. newer is closed when
+// there is a snapshot that the last pass has not seen.
+func (a *Agent) await(ctx context.Context, newer <-chan struct{}, check <-chan time.Time) bool {
+	for {
 		var retry <-chan time.Time
 		if at := a.nextRetry(); !at.IsZero() {
 			retry = time.After(max(time.Until(at), time.Millisecond))
 		}
 		select {
 		case <-ctx.Done():
-			return
+			return false
+		case <-newer:
+			var s *state.Snapshot
+			if s, newer = a.cfg.Feed.Next(); a.changes(s) == 0 {
+				continue // it is about other nodes
+			}
 		case <-a.wake:
 		case e := <-a.ended:
 			a.take(e)
 		case <-a.cfg.Systemd.Changed():
-		case <-check.C:
+		case <-check:
 			a.lookAll = true
 		case <-retry:
-			continue
 		}
-		// More of the same is likely on its way.
-		began, fresh := time.Now(), 0
-		for merge := time.After(settle); merge != nil; {
-			select {
-			case <-ctx.Done():
-				return
-			case <-a.wake:
-			case e := <-a.ended:
-				a.take(e)
-			case <-merge:
-				merge = nil
-				if n := a.view.fresh(); n >= many && n > fresh && time.Since(began) < longestSettle {
-					fresh, merge = n, time.After(settleMany)
-				}
+		return true
+	}
+}
+
+// changes returns how many units a snapshot wants otherwise than the last pass
+// has seen it.
+func (a *Agent) changes(s *state.Snapshot) int {
+	if s.Revision == 0 {
+		return 0
+	}
+	p, changed := a.derive(s, a.part)
+	if a.part == nil || p.generation != a.part.generation || !maps.Equal(p.waiting, a.part.waiting) {
+		changed++
+	}
+	return changed
+}
+
+// merge takes what comes in soon after something has happened: more of the same is
+// likely on its way.
+func (a *Agent) merge(ctx context.Context) {
+	began, before := time.Now(), 0
+	for rest := time.After(settle); rest != nil; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.wake:
+		case e := <-a.ended:
+			a.take(e)
+		case <-rest:
+			rest = nil
+			if n := a.changes(a.cfg.Feed.Latest()); n >= many && n > before && time.Since(began) < longestSettle {
+				before, rest = n, time.After(settleMany)
 			}
+		}
+	}
+}
+
+// drainWorkers waits for the workers, which want to be heard when they end.
+func (a *Agent) drainWorkers() {
+	ended := make(chan struct{})
+	go func() {
+		a.workers.Wait()
+		close(ended)
+	}()
+	for {
+		select {
+		case <-a.ended:
+		case <-ended:
+			return
 		}
 	}
 }
@@ -88,24 +127,23 @@ func (a *Agent) nextRetry() time.Time {
 	return next
 }
 
-// pass compares and carries out one plan.
-func (a *Agent) pass(ctx context.Context) {
+// pass compares what a snapshot wants with what there is, and carries out one plan.
+func (a *Agent) pass(ctx context.Context, s *state.Snapshot) {
 	f, fenced := a.guard.fence()
 	if fenced {
 		a.noteFenced()
 	}
-	if a.view.isNewer() || a.present == nil {
-		a.present = a.view.present(a.place.mine)
-	}
-	now := a.present
-	if a.isLeaving() {
-		now = &present{}
-	}
-	if now == nil {
+	switch {
+	case a.isLeaving():
+		a.part = &part{}
+	case s.Revision == 0:
 		return // nothing is known of what is wanted: nothing is touched
+	default:
+		a.part, _ = a.derive(s, a.part)
 	}
-	for name := range now.wants {
-		if a.units[name] == nil {
+	now := a.part
+	for name, w := range now.wants {
+		if a.units[name] == nil && !w.IfHere {
 			a.units[name] = &tracked{}
 			a.look[name] = true
 		}
@@ -121,12 +159,12 @@ func (a *Agent) pass(ctx context.Context) {
 		a.putOffs = 0
 	}
 	for name, u := range a.units {
-		if _, wanted := now.wants[name]; !wanted && !u.on && u.busy == "" {
+		if w := now.wants[name]; (w == nil || w.IfHere) && !u.On && u.Busy == "" {
 			delete(a.units, name)
 		}
 	}
 	a.tellGuard()
-	a.report(now, f)
+	a.tell(now, f)
 	if a.isLeaving() && len(a.units) == 0 && !a.reload {
 		a.left.Do(func() { close(a.empty) })
 	}
@@ -163,54 +201,52 @@ func (a *Agent) observe(ctx context.Context) error {
 		}
 	}
 	slices.Sort(names)
-	cctx, cancel := context.WithTimeout(ctx, callLimit)
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	found, err := a.statuses(cctx, names)
-	looked := a.look
+	found, err := a.statuses(ctx, names)
 	if err != nil {
-		for _, name := range names {
-			a.look[name] = true
-		}
 		return err
 	}
-	a.lookAll, a.look = false, map[string]bool{}
 	for name, status := range found {
 		u := a.units[name]
-		changed := u.status != status || looked[name]
-		u.status = status
-		odd := status.Active == "failed" || status.Load != "loaded" && status.Load != "not-found" || !u.on && status.Load == "loaded"
+		changed := u.Status != status || a.look[name]
+		u.Status = status
+		odd := status.Active == "failed" || status.Load != "loaded" && status.Load != "not-found" || !u.On && status.Load == "loaded"
 		switch {
 		case !odd:
 			u.detail = systemd.Detail{}
 		case changed:
-			if u.detail, err = a.cfg.Systemd.Detail(cctx, name); err != nil {
-				maps.Copy(a.look, looked)
+			if u.detail, err = a.cfg.Systemd.Detail(ctx, name); err != nil {
 				a.look[name] = true
 				return err
 			}
 		}
 	}
+	a.lookAll, a.look = false, map[string]bool{}
 	return nil
 }
 
 // statuses reads the status of units. Those that have stopped systemd has mostly
 // forgotten, and would read again from their files only to answer.
 func (a *Agent) statuses(ctx context.Context, names []string) (map[string]systemd.Status, error) {
-	var stopped []string
+	var stopped, rest []string
 	for _, name := range names {
-		u := a.units[name]
-		if !a.lookAll && u.on && u.status.Load == "loaded" && (!u.rec.Launched || u.busy == Stop) {
+		if u := a.units[name]; !a.lookAll && u.On && u.Status.Load == "loaded" && (!u.Launched || u.Busy == Stop) {
 			stopped = append(stopped, name)
+		} else {
+			rest = append(rest, name)
 		}
 	}
 	kept, err := a.cfg.Systemd.Kept(ctx, stopped...)
 	if err != nil {
 		return nil, err
 	}
-	found, err := a.cfg.Systemd.Units(ctx, slices.DeleteFunc(slices.Clone(names), func(name string) bool {
-		is, asked := kept[name]
-		return asked && !is
-	})...)
+	for name, is := range kept {
+		if is {
+			rest = append(rest, name)
+		}
+	}
+	found, err := a.cfg.Systemd.Units(ctx, rest...)
 	if err != nil {
 		return nil, err
 	}
@@ -226,58 +262,53 @@ func (a *Agent) statuses(ctx context.Context, names []string) (map[string]system
 // to systemd was lost or an earlier agent ended.
 func (a *Agent) settleRestarts(ctx context.Context) {
 	for name, u := range a.units {
-		if u.broken != Restart || u.busy != "" {
+		if u.Broken != Restart || u.Busy != "" {
 			continue
 		}
 		d, err := a.cfg.Systemd.Detail(ctx, name)
 		if err != nil { // what was under way is called again then, which does no harm
 			continue
 		}
-		if d.Invocation != u.rec.Before {
-			u.rec.Restarts = u.rec.Asked
+		if d.Invocation != u.Before {
+			u.Restarts = u.Asked
 		}
-		u.broken, u.rec.Doing, u.rec.Before = "", "", ""
+		u.Broken, u.Doing, u.Before = "", "", ""
 		a.note(name)
 	}
 }
 
-func (a *Agent) haves(now *present) map[string]have {
+// haves returns what there is of all units.
+func (a *Agent) haves(now *part) map[string]have {
 	clock := time.Now()
 	haves := make(map[string]have, len(a.units))
 	for name, u := range a.units {
-		mod := now.entries[name].mod
-		if u.mod != mod && u.busy != Release { // what failed before may do now
-			u.mod, u.failures, u.retryAt, u.trouble, u.waiting = mod, 0, time.Time{}, "", ""
+		of := now.wants[name].version()
+		if u.seen != of && u.Busy != Release { // what failed before may do now
+			u.seen, u.failures, u.retryAt, u.trouble, u.waiting = of, 0, time.Time{}, "", ""
 		}
 		if !u.retryAt.IsZero() && !clock.Before(u.retryAt) {
 			u.retryAt = time.Time{}
 		}
-		h := have{
-			On: u.on, Whole: u.rec.Whole, Hash: u.rec.Hash, Sum: u.rec.Sum, Epoch: u.rec.Epoch, Launched: u.rec.Launched,
-			Restarts: u.rec.Restarts, Exclusive: u.rec.Exclusive, Broken: u.broken, Status: u.status, Busy: u.busy, Resting: !u.retryAt.IsZero(),
-		}
-		if u.busy == Restart {
+		h := u.have
+		h.Resting, h.Released = !u.retryAt.IsZero(), u.released != version{} && u.released == of
+		if u.Busy == Restart {
 			h.Restarts = u.asked
 		}
-		if !u.on {
+		if !u.On {
 			h.Foreign = a.foreign(name)
-		}
-		if w, ok := now.wants[name]; ok && u.released != 0 && u.released == mod {
-			w.Gone = true
-			now.wants[name] = w
 		}
 		haves[name] = h
 	}
 	return haves
 }
 
-// foreign returns the file of a unit of that name that is the machine's own, and
-// "" if there is none. A template's does not count: what is an instance of it
-// for systemd may have a file of its own.
+// foreign returns the file of a unit of that name that is the node's own, and ""
+// if there is none. A template's does not count: what is an instance of it for
+// systemd may have a file of its own.
 func (a *Agent) foreign(name string) string {
 	u := a.units[name]
 	path := u.detail.FragmentPath
-	if u.status.Load != "loaded" || path == a.disk.unit(name) || filepath.Base(path) != name {
+	if u.Status.Load != "loaded" || path == a.disk.unit(name) || filepath.Base(path) != name {
 		return ""
 	}
 	return path
@@ -286,15 +317,15 @@ func (a *Agent) foreign(name string) string {
 // noteFenced notes that exclusive units were stopped or killed.
 func (a *Agent) noteFenced() {
 	for name, u := range a.units {
-		if !u.on || !u.rec.Exclusive || u.busy == Stop {
+		if !u.On || !u.Exclusive || u.Busy == Stop {
 			continue
 		}
 		if u.cancel != nil {
 			u.cancel()
 			u.turn++
-			u.busy, u.cancel = "", nil
+			u.Busy, u.cancel = "", nil
 		}
-		u.rec.Launched, u.rec.Doing, u.broken = false, "", ""
+		u.Launched, u.Doing, u.Broken = false, "", ""
 		a.look[name] = true
 		a.note(name)
 	}
@@ -304,81 +335,88 @@ func (a *Agent) noteFenced() {
 func (a *Agent) tellGuard() {
 	var exclusive []string
 	for name, u := range a.units {
-		if u.on && u.rec.Exclusive {
+		if u.On && u.Exclusive {
 			exclusive = append(exclusive, name)
 		}
 	}
 	a.guard.set(exclusive)
 }
 
-// stopping is the state of a unit whose stop systemd may not have heard of yet.
-// Nobody shall take it for one that was launched to stay.
-func stopping(s registry.State) registry.State {
-	switch s.Active {
-	case "inactive", "failed":
-		s.Launched = false
-	default:
-		s.Active = "deactivating"
-	}
-	return s
-}
-
-// report says what there is.
-func (a *Agent) report(now *present, f fence) {
-	s := registry.States{V: registry.Version, Units: make(map[string]registry.State, len(a.units))}
+// tell reports what there is of the units.
+func (a *Agent) tell(now *part, f fence) {
+	units := make(map[string]state.UnitState, len(a.units))
 	for name, u := range a.units {
-		w, wanted := now.wants[name]
-		state := registry.State{Trouble: u.trouble, Waiting: u.waiting, Epoch: w.Epoch}
-		if u.on {
-			state.Load, state.Active, state.Sub = u.status.Load, u.status.Active, u.status.Sub
-			state.Hash, state.Epoch, state.Launched, state.Restarts = u.rec.Hash, u.rec.Epoch, u.rec.Launched, u.rec.Restarts
-			if u.busy == Stop || u.broken == Stop {
-				state = stopping(state)
+		w := now.wants[name]
+		s := state.UnitState{Trouble: a.troubleOf(name, w)}
+		if s.Trouble == "" {
+			s.Waiting = a.waitingOf(name, w, f)
+		}
+		if w != nil {
+			s.Epoch = w.Epoch
+		}
+		if u.On {
+			s.Load, s.Active, s.Sub = u.Status.Load, u.Status.Active, u.Status.Sub
+			s.Hash, s.Launched, s.Restarts = u.Hash, u.Launched, u.Restarts
+			if w == nil || s.Trouble == "" { // trouble is about what is wanted
+				s.Epoch = u.Epoch
+			}
+			if u.Busy == Stop || u.Broken == Stop { // waiters must not count it as launched
+				if s.Active != "inactive" && s.Active != "failed" {
+					s.Active = "deactivating"
+				} else {
+					s.Launched = false
+				}
 			}
 		}
-		switch {
-		case state.Trouble != "":
-		case wanted && w.Problem != "":
-			state.Trouble = w.Problem
-		case wanted && !u.on && a.foreign(name) != "":
-			state.Trouble = "the machine has a unit of that name already: " + a.foreign(name)
-		case u.on && u.rec.Whole && u.status.Load != "" && u.status.Load != "loaded":
-			state.Trouble = "systemd cannot load it: " + u.status.Load
-			if u.detail.LoadError != "" {
-				state.Trouble = "systemd cannot load it: " + u.detail.LoadError
-			}
-		case u.on && u.rec.Launched && u.status.Active == "failed" && (u.detail.Result == "start-limit-hit" || u.detail.Restarts > 0):
-			// The result is usually that of the last failure before the limit.
-			state.Trouble = fmt.Sprintf("systemd has given up starting it, after %d restarts: %s", u.detail.Restarts, u.detail.Result)
-		}
-		switch {
-		case state.Waiting != "" || state.Trouble != "" || !wanted || w.Release != "":
-		case w.Void != "" && !(u.on && u.rec.Launched):
-			state.Waiting = w.Void
-		case w.Exclusive && w.Desired == registry.Launched && u.on && !u.rec.Launched && !f.Open:
-			state.Waiting = "it is exclusive, and the fence is not armed yet"
-		case u.busy == Start && u.status.Active == "inactive":
-			state.Waiting = "systemd is about to start it"
-		}
-		if state.Trouble != "" && wanted {
-			state.Epoch = w.Epoch // this is about what is wanted
-		}
-		if u.on || state.Trouble != "" || state.Waiting != "" {
-			s.Units[name] = state
+		if u.On || s.Trouble != "" || s.Waiting != "" {
+			units[name] = s
 		}
 	}
-	for name, why := range now.waiting {
-		if _, ok := s.Units[name]; !ok {
-			s.Units[name] = registry.State{Epoch: now.epochs[name], Waiting: why}
+	for name, s := range now.waiting {
+		if _, ok := units[name]; !ok {
+			units[name] = s
 		}
 	}
-	_, admitted := a.place.admitted()
-	if maps.Equal(a.states.Load().Units, s.Units) && a.told == admitted {
+	if old := a.Report().Units; old != nil && maps.Equal(old, units) {
 		return
 	}
-	a.states.Store(&s)
-	if a.told = admitted; admitted {
-		// The Presence writes what has changed: at once, and then every 200 ms.
-		a.cfg.Presence.Set(a.keys.States(a.own), registry.Encode(s))
+	r := &state.UnitsReport{V: state.Version, Units: units}
+	a.report.Store(r)
+	// The Presence writes what has changed: at once, and then every 200 ms.
+	a.cfg.Presence.Set(a.cfg.Feed.Keys.UnitsReport(a.cfg.ID), state.Encode(*r))
+}
+
+// troubleOf returns what keeps a unit from running here for good.
+func (a *Agent) troubleOf(name string, w *want) string {
+	u := a.units[name]
+	switch {
+	case u.trouble != "":
+		return u.trouble
+	case w != nil && w.Problem != "":
+		return w.Problem
+	case w != nil && !u.On && a.foreign(name) != "":
+		return "the machine has a unit of that name already: " + a.foreign(name)
+	case u.On && u.Whole && u.Status.Load != "" && u.Status.Load != "loaded":
+		return "systemd cannot load it: " + cmp.Or(u.detail.LoadError, u.Status.Load)
+	case u.On && u.Launched && u.Status.Active == "failed" && (u.detail.Result == "start-limit-hit" || u.detail.Restarts > 0):
+		// The result is usually that of the last failure before the limit.
+		return fmt.Sprintf("systemd has given up starting it, after %d restarts: %s", u.detail.Restarts, u.detail.Result)
 	}
+	return ""
+}
+
+// waitingOf returns why a unit is not started yet.
+func (a *Agent) waitingOf(name string, w *want, f fence) string {
+	u := a.units[name]
+	switch {
+	case u.waiting != "" || w == nil || w.Release != "":
+		return u.waiting
+	case w.Void != "" && !(u.On && u.Launched):
+		return w.Void
+	case w.Exclusive && w.Desired == unit.Launched && u.On && !u.Launched && !f.Open:
+		return "it is exclusive, and the fence is not armed yet"
+	case u.Busy == Start && u.Status.Active == "inactive":
+		return "systemd is about to start it"
+	}
+	return ""
 }

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 
-	"flotilla/internal/registry"
 	"flotilla/internal/systemd"
 	"flotilla/internal/unit"
 )
@@ -38,37 +37,18 @@ type Step struct {
 
 func (s Step) String() string { return fmt.Sprintf("%s %s: %s", s.Do, s.Unit, s.Reason) }
 
-// want is what the store says of one unit that is meant for this machine.
-type want struct {
-	Hash      string           // of the unit file, as fleet computes it
-	Sum       string           // of all files that the unit has here
-	Desired   registry.Desired //
-	Restarts  int64            //
-	Epoch     int64            //
-	Release   string           // why it shall leave; "" if it may stay
-	Void      string           // why nothing is started of it for now; "" if it is in force
-	Outlived  bool             // it is void because it is of an older generation: the unit may be elsewhere
-	Exclusive bool             // it runs behind the fence
-	Problem   string           // why this version cannot be here at all
-	After     []string         // units that are started before it when both are to be started
-	Gone      bool             // the store knows that it has left
-}
-
-// have is what there is of one unit on this machine.
+// have is what there is of one unit on this node.
 type have struct {
-	On        bool           // it has files here, or had some when this was written down
-	Whole     bool           // all of them, and systemd has read them
-	Hash      string         //
-	Sum       string         //
-	Epoch     int64          //
-	Launched  bool           // it was started, and not stopped since
-	Restarts  int64          //
-	Exclusive bool           //
-	Broken    Action         // Start, Stop or Restart that was under way when an earlier agent ended
-	Status    systemd.Status //
-	Foreign   string         // file of a unit of that name that is not ours
-	Busy      Action         // what is under way
-	Resting   bool           // what went wrong before is not due to be tried again
+	record                // what was done with it
+	On     bool           // it has files here, or had some when this was written down
+	Broken Action         // Start, Stop or Restart that was under way when an earlier agent ended
+	Status systemd.Status //
+	Busy   Action         // what is under way
+
+	// The loop sets these before it plans.
+	Foreign  string // file of a unit of that name that is not ours
+	Resting  bool   // what went wrong before is not due to be tried again
+	Released bool   // the store knows that it has left
 }
 
 // alive reports whether something of the unit runs or is about to.
@@ -80,33 +60,33 @@ func (h have) alive() bool {
 	return true
 }
 
+// started reports whether it was started here, or may have been.
+func (h have) started() bool { return h.Launched || h.Broken != "" || h.Busy != "" }
+
 // stoppable reports whether the unit has to be stopped before its files may be
 // touched.
-func (h have) stoppable() bool {
-	return h.On && (h.Launched || h.alive() || h.Broken != "" || h.Busy != "")
-}
+func (h have) stoppable() bool { return h.On && (h.started() || h.alive()) }
 
 // fence says what may be done with exclusive units.
 type fence struct {
-	Solo bool // no other machine can be given them
-	Open bool // they may be started: the fence is armed and the lease is young
+	Exempt bool // no other node can be given them
+	Open   bool // they may be started: the fence is armed and the lease is young
 }
 
 // plan returns the next steps from what there is to what is wanted, for every
 // unit that has nothing under way. When a step has ended plan is asked again:
 // a new version is loaded only after the stop of the old one has ended.
-func plan(wants map[string]want, haves map[string]have, f fence) []Step {
+func plan(wants map[string]*want, haves map[string]have, f fence) []Step {
 	names := slices.Collect(maps.Keys(haves))
-	for name := range wants {
-		if _, ok := haves[name]; !ok {
+	for name, w := range wants {
+		if _, ok := haves[name]; !ok && !w.IfHere {
 			names = append(names, name)
 		}
 	}
 	slices.Sort(names)
 	var steps []Step
 	for _, name := range names {
-		w, wanted := wants[name]
-		for _, s := range planUnit(w, wanted, haves[name], f) {
+		for _, s := range planUnit(wants[name], haves[name], f) {
 			s.Unit = name
 			steps = append(steps, s)
 		}
@@ -115,22 +95,24 @@ func plan(wants map[string]want, haves map[string]have, f fence) []Step {
 	return steps
 }
 
-// planUnit returns the steps without the unit's name.
-func planUnit(w want, wanted bool, h have, f fence) []Step {
+// planUnit returns the steps without the unit's name. w is nil if the unit is not
+// meant for this node.
+func planUnit(w *want, h have, f fence) []Step {
 	switch {
 	case h.Resting, h.Busy != "" && h.Busy != Start && h.Busy != Restart:
 		return nil
-	case !wanted:
+	case w == nil:
 		return leave(h, "it is not meant for this machine", false)
 	case w.Release != "":
-		return leave(h, w.Release, !w.Gone)
-	case w.Desired != registry.Loaded && w.Desired != registry.Launched:
-		return leave(h, "it shall be "+string(w.Desired), false)
+		return leave(h, w.Release, !h.Released)
 	case w.Problem != "": // what runs of an earlier version keeps running
 		return nil
 	case w.Void != "":
-		if w.Outlived && h.Exclusive && !f.Solo && h.stoppable() {
+		switch {
+		case w.Outlived && h.Exclusive && !f.Exempt && h.stoppable():
 			return []Step{{Do: Stop, Reason: "it is exclusive, and " + w.Void}}
+		case w.Desired == unit.Loaded && h.On && h.started():
+			return []Step{{Do: Stop, Reason: "it shall be loaded and not launched"}}
 		}
 		return nil
 	case !h.On && h.Foreign != "":
@@ -156,7 +138,7 @@ func leave(h have, reason string, release bool) []Step {
 }
 
 // keep brings a unit that may be here to the state that is wanted.
-func keep(w want, h have, f fence) []Step {
+func keep(w *want, h have, f fence) []Step {
 	replaced := ""
 	switch {
 	case !h.On || h.Hash == "":
@@ -164,7 +146,7 @@ func keep(w want, h have, f fence) []Step {
 		replaced = "its file has changed"
 	case w.Exclusive != h.Exclusive:
 		replaced = "it is exclusive, or not any more"
-	case w.Exclusive && w.Epoch != h.Epoch && !f.Solo:
+	case w.Exclusive && w.Epoch != h.Epoch && !f.Exempt:
 		replaced = "it is exclusive and was placed anew"
 	}
 	switch {
@@ -172,7 +154,7 @@ func keep(w want, h have, f fence) []Step {
 		return []Step{{Do: Stop, Reason: "its stop was under way"}}
 	case replaced != "" && h.stoppable():
 		return []Step{{Do: Stop, Reason: replaced}}
-	case w.Desired == registry.Loaded && (h.Launched || h.Broken != "" || h.Busy != ""):
+	case w.Desired == unit.Loaded && h.started():
 		return []Step{{Do: Stop, Reason: "it shall be loaded and not launched"}}
 	case h.Busy == Start && w.Restarts <= h.Restarts, h.Busy == Restart && w.Restarts <= h.Restarts:
 		return nil
@@ -190,7 +172,7 @@ func keep(w want, h have, f fence) []Step {
 		steps, loadable = append(steps, Step{Do: Load, Reason: "its comments, drop-in or epoch have changed"}), true
 	}
 	switch {
-	case w.Desired != registry.Launched:
+	case w.Desired != unit.Launched:
 		if w.Restarts != h.Restarts && len(steps) == 0 {
 			steps = append(steps, Step{Do: Adopt, Reason: "it is not launched, so there is nothing to restart"})
 		}

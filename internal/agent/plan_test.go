@@ -14,7 +14,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
-	"flotilla/internal/registry"
 	"flotilla/internal/systemd"
 	"flotilla/internal/unit"
 )
@@ -54,17 +53,17 @@ func TestPlans(t *testing.T) {
 	}
 }
 
-func parse(t *testing.T, input string) (map[string]want, map[string]have, fence) {
+func parse(t *testing.T, input string) (map[string]*want, map[string]have, fence) {
 	t.Helper()
-	wants, haves, f := map[string]want{}, map[string]have{}, fence{Open: true}
+	wants, haves, f := map[string]*want{}, map[string]have{}, fence{Open: true}
 	for line := range strings.Lines(input) {
 		words := strings.Fields(line)
 		switch words[0] {
 		case "#":
 		case "fence":
-			f = fence{Open: slices.Contains(words, "open"), Solo: slices.Contains(words, "solo")}
+			f = fence{Open: slices.Contains(words, "open"), Exempt: slices.Contains(words, "exempt")}
 		case "want":
-			w := want{Hash: "h1", Sum: "s1", Epoch: 1, Desired: registry.Launched}
+			w := &want{Hash: "h1", Sum: "s1", Epoch: 1, Desired: unit.Launched}
 			for _, word := range words[2:] {
 				k, v, _ := strings.Cut(word, "=")
 				n, _ := strconv.ParseInt(v, 10, 64)
@@ -87,17 +86,15 @@ func parse(t *testing.T, input string) (map[string]want, map[string]have, fence)
 					w.Problem = "it is bad"
 				case "exclusive":
 					w.Exclusive = true
-				case "gone":
-					w.Gone = true
-				case "loaded", "inactive":
-					w.Desired = registry.Desired(k)
+				case "loaded":
+					w.Desired = unit.Loaded
 				default:
 					t.Fatalf("what is %q?", word)
 				}
 			}
 			wants[words[1]] = w
 		case "have":
-			h := have{On: true, Whole: true, Hash: "h1", Sum: "s1", Epoch: 1, Launched: true, Status: systemd.Status{Load: "loaded", Active: "active"}}
+			h := have{On: true, record: record{Whole: true, Hash: "h1", Sum: "s1", Epoch: 1, Launched: true}, Status: systemd.Status{Load: "loaded", Active: "active"}}
 			for _, word := range words[2:] {
 				k, v, _ := strings.Cut(word, "=")
 				n, _ := strconv.ParseInt(v, 10, 64)
@@ -121,6 +118,8 @@ func parse(t *testing.T, input string) (map[string]want, map[string]have, fence)
 					h.Whole = false
 				case "unloadable":
 					h.Status.Load = "bad-setting"
+				case "released":
+					h.Released = true
 				case "resting":
 					h.Resting = true
 				case "busy":
@@ -169,22 +168,22 @@ func TestStartedBefore(t *testing.T) {
 }
 
 // do changes h as carrying out the step would.
-func do(s Step, w want, h have) (have, bool) {
+func do(s Step, w *want, h have) have {
 	switch s.Do {
 	case Stop:
 		h.Launched, h.Broken, h.Busy, h.Status.Active, h.Status.Queued = false, "", "", "inactive", ""
 	case Unload:
-		return have{Status: systemd.Status{Load: "not-found", Active: "inactive"}}, false
+		return have{Status: systemd.Status{Load: "not-found", Active: "inactive"}}
 	case Load:
 		h.On, h.Whole, h.Hash, h.Sum, h.Epoch, h.Exclusive, h.Status.Load = true, true, w.Hash, w.Sum, w.Epoch, w.Exclusive, "loaded"
 	case Start, Restart:
 		h.Launched, h.Restarts, h.Broken, h.Status.Active = true, w.Restarts, "", "active"
 	case Adopt:
-		h.Launched, h.Restarts, h.Broken = h.Launched || w.Desired == registry.Launched, w.Restarts, ""
+		h.Launched, h.Restarts, h.Broken = h.Launched || w.Desired == unit.Launched, w.Restarts, ""
 	case Release:
-		return h, true
+		h.Released = true
 	}
-	return h, false
+	return h
 }
 
 // From any state the steps lead to where there are none; on the way no file of a
@@ -195,11 +194,11 @@ func TestPlansConverge(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		pick := func(label string, of ...string) string { return rapid.SampledFrom(of).Draw(t, label) }
 		is := func(label string) bool { return rapid.Bool().Draw(t, label) }
-		wants, haves := map[string]want{}, map[string]have{}
+		wants, haves := map[string]*want{}, map[string]have{}
 		for _, name := range []string{"a", "b", "c"} {
 			if is("wanted") {
-				w := want{
-					Hash: pick("hash", "h1", "h2"), Desired: registry.Desired(pick("desired", "loaded", "launched", "inactive")),
+				w := &want{
+					Hash: pick("hash", "h1", "h2"), Desired: unit.Desired(pick("desired", "loaded", "launched")),
 					Restarts: rapid.Int64Range(0, 2).Draw(t, "restarts"), Epoch: rapid.Int64Range(1, 2).Draw(t, "epoch"),
 					Exclusive: is("exclusive"), Release: pick("release", "", "", "", "drained"), Void: pick("void", "", "", "", "void"), Outlived: is("outlived"), Problem: pick("problem", "", "", "", "bad"),
 				}
@@ -208,18 +207,24 @@ func TestPlansConverge(t *testing.T) {
 			}
 			if is("here") {
 				h := have{
-					On: true, Whole: is("whole"), Hash: pick("hash", "h1", "h2", ""), Epoch: rapid.Int64Range(0, 2).Draw(t, "epoch"), Launched: is("launched"),
-					Restarts: rapid.Int64Range(0, 2).Draw(t, "restarts"), Exclusive: is("exclusive"), Broken: Action(pick("broken", "", "", "stop", "start", "restart")),
+					On: true, record: record{
+						Whole: is("whole"), Hash: pick("hash", "h1", "h2", ""), Epoch: rapid.Int64Range(0, 2).Draw(t, "epoch"), Launched: is("launched"),
+						Restarts: rapid.Int64Range(0, 2).Draw(t, "restarts"), Exclusive: is("exclusive"),
+					},
+					Broken: Action(pick("broken", "", "", "stop", "start", "restart")),
 					Status: systemd.Status{Load: "loaded", Active: pick("active", "active", "inactive", "failed", "activating", "deactivating")},
 				}
 				h.Sum = h.Hash + pick("sum", "x", "y")
 				haves[name] = h
 			}
 		}
-		f := fence{Open: is("open"), Solo: is("solo")}
+		f := fence{Open: is("open"), Exempt: is("exempt")}
 		calm := maps.Clone(haves)
 		for round := 0; ; round++ {
 			steps := plan(wants, haves, f)
+			if diff := cmp.Diff(steps, plan(wants, haves, f)); diff != "" {
+				t.Fatalf("asked again it says: %s", diff)
+			}
 			if len(steps) == 0 {
 				break
 			}
@@ -228,6 +233,9 @@ func TestPlansConverge(t *testing.T) {
 			}
 			for _, s := range steps {
 				w, h := wants[s.Unit], haves[s.Unit]
+				if w == nil {
+					w = &want{}
+				}
 				if s.Reason == "" {
 					t.Fatalf("%v has no reason", s)
 				}
@@ -238,28 +246,23 @@ func TestPlansConverge(t *testing.T) {
 					t.Fatalf("%v of %+v", s, w)
 				}
 				if h, c := haves[s.Unit], calm[s.Unit]; s.Do == Stop && c == h && w.Hash == h.Hash && w.Epoch == h.Epoch && w.Exclusive == h.Exclusive &&
-					w.Desired == registry.Launched && w.Release == "" && w.Void == "" && h.Broken == "" {
+					w.Desired == unit.Launched && w.Release == "" && w.Void == "" && h.Broken == "" {
 					t.Fatalf("%v although all is well: %+v, %+v", s, w, h)
 				}
-				next, released := do(s, w, h)
-				haves[s.Unit] = next
-				if released {
-					w.Gone = true
-					wants[s.Unit] = w
-				}
+				haves[s.Unit] = do(s, w, h)
 			}
 		}
 		for name, w := range wants {
 			h := haves[name]
 			switch {
 			case w.Void != "" || w.Problem != "":
-			case w.Release != "" || w.Desired == registry.Inactive:
+			case w.Release != "":
 				if h.On {
 					t.Fatalf("%s is still here: %+v", name, h)
 				}
 			case !h.On || !h.Whole || h.Hash != w.Hash || h.Sum != w.Sum || h.Epoch != w.Epoch:
 				t.Fatalf("%s is not as wanted: %+v, %+v", name, w, h)
-			case h.Launched != (w.Desired == registry.Launched) && (!w.Exclusive || f.Open):
+			case h.Launched != (w.Desired == unit.Launched) && (!w.Exclusive || f.Open):
 				t.Fatalf("%s is launched: %v, %+v", name, h.Launched, w)
 			case h.Restarts != w.Restarts && (!w.Exclusive || f.Open):
 				t.Fatalf("%s: %d restarts, want %d", name, h.Restarts, w.Restarts)

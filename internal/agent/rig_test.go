@@ -8,12 +8,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/unit"
 )
 
 const patience = 60 * time.Second
@@ -24,14 +26,14 @@ type rig struct {
 	t       testing.TB
 	store   *store.Client // never cut off
 	proxy   *storetest.Proxy
-	keys    registry.Keys
-	machine registry.Machine
+	keys    state.Keys
+	machine state.NodeRecord
 	fake    *fakeSystemd
 	real    Systemd // if there is no fake
 	dir     string
 	ttl     time.Duration
 
-	leaderless func(context.Context) bool
+	single bool // the setting single-machine
 }
 
 func newRig(t testing.TB) *rig {
@@ -39,9 +41,9 @@ func newRig(t testing.TB) *rig {
 	endpoint := storetest.Start(t)
 	dir := t.TempDir()
 	r := &rig{
-		t: t, proxy: storetest.NewProxy(t, endpoint), keys: registry.Keys{Prefix: "/f/"}, dir: dir, ttl: time.Minute,
-		machine: registry.Machine{
-			ID: "0123456789abcdef0123456789abcdef", BootID: "b1", Node: "n1", Address: "10.0.0.1", Units: true, Metadata: map[string]string{"disk": "ssd"},
+		t: t, proxy: storetest.NewProxy(t, endpoint), keys: state.Keys{Prefix: "/f/"}, dir: dir, ttl: time.Minute,
+		machine: state.NodeRecord{
+			ID: "0123456789abcdef0123456789abcdef", BootID: "b1", Name: "n1", Address: "10.0.0.1", Units: true, Metadata: map[string]string{"disk": "ssd"},
 		},
 		fake: newFake(filepath.Join(dir, "units"), filepath.Join(dir, "systemd"), filepath.Join(dir, "gate")),
 	}
@@ -69,11 +71,11 @@ func logger(t testing.TB) *slog.Logger {
 // process is one run of an agent.
 type process struct {
 	*Agent
-	rig      *rig
-	presence *store.Presence
-	stop     context.CancelFunc // of the agent alone
-	ended    chan error         // what Run returned
-	finish   func()             // ends all; the lease lingers
+	*state.Registration
+	rig    *rig
+	stop   context.CancelFunc // of the agent alone
+	ended  chan error         // what Run of the agent returned
+	finish func()             // ends all; the lease lingers
 }
 
 // begin starts an agent.
@@ -83,22 +85,30 @@ func (r *rig) begin() *process {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	p := &process{rig: r, presence: store.NewPresence(c, r.ttl, logger(r.t)), ended: make(chan error, 1)}
-	p.presence.Linger(true)
-	cfg := Config{Machine: r.machine, Keys: r.keys, Store: c, Presence: p.presence, TTL: r.ttl, Leaderless: r.leaderless, Log: logger(r.t)}
+	presence, feed := store.NewPresence(c, r.ttl, logger(r.t)), state.NewFeed(c, r.keys, logger(r.t))
+	p := &process{rig: r, Registration: state.NewRegistration(feed, presence, r.machine, r.ttl, logger(r.t)), ended: make(chan error, 1)}
+	cfg := Config{
+		ID: r.machine.ID, Metadata: r.machine.Metadata, Feed: feed, Store: c, Registration: p.Registration, Presence: presence,
+		TTL: r.ttl, SingleMachine: r.single, Log: logger(r.t),
+	}
 	if r.fake != nil {
 		cfg.Systemd, cfg.UnitsDir, cfg.DropIns, cfg.StateDir, cfg.Gate = r.fake, r.fake.units, r.fake.dropIns, filepath.Join(r.dir, "state"), r.fake.gate
 	} else {
 		cfg.Systemd = r.real
 	}
 	p.Agent = New(cfg)
-	ctx, stop := context.WithCancel(context.Background())
-	outer, stopAll := context.WithCancel(context.Background())
+	run := func(parts ...func(context.Context) error) (stop context.CancelFunc, over *sync.WaitGroup) {
+		ctx, stop := context.WithCancel(context.Background())
+		over = &sync.WaitGroup{}
+		for _, part := range parts {
+			over.Go(func() { _ = part(ctx) })
+		}
+		return stop, over
+	}
+	endPresence, presenceOver := run(presence.Run)
+	endFeed, feedOver := run(feed.Run, p.Registration.Run)
+	stop, over := run(func(ctx context.Context) error { p.ended <- p.Agent.Run(ctx); return nil })
 	p.stop = stop
-	present := make(chan struct{})
-	go func() { _ = p.presence.Run(outer); close(present) }()
-	over := make(chan struct{})
-	go func() { p.ended <- p.Run(ctx); close(over) }()
 	done := false
 	p.finish = func() {
 		if done {
@@ -106,9 +116,11 @@ func (r *rig) begin() *process {
 		}
 		done = true
 		stop()
-		<-over
-		stopAll()
-		<-present
+		over.Wait()
+		endFeed()
+		feedOver.Wait()
+		endPresence()
+		presenceOver.Wait()
 		_ = c.Close()
 	}
 	r.t.Cleanup(p.finish)
@@ -149,49 +161,66 @@ func (r *rig) get(key string) (store.KV, bool) {
 func (r *rig) generation() (g int64) {
 	r.t.Helper()
 	r.wait("the machine's record", func() bool {
-		kv, ok := r.get(r.keys.Machine(r.machine.ID))
+		kv, ok := r.get(r.keys.Node(r.machine.ID))
 		g = kv.CreateRevision
 		return ok
 	})
 	return g
 }
 
-// place schedules a unit here, as the engine does.
-func (r *rig) place(name, text string, desired registry.Desired, change ...func(*registry.Entry)) {
+// placed is what a test may say otherwise than place does.
+type placed struct {
+	Restarts, Generation, Epoch int64
+	Approved, Leave             string
+}
+
+// place places a unit here, as API and engine do.
+func (r *rig) place(name, text string, desired unit.Desired, change ...func(*placed)) {
 	r.t.Helper()
-	e := registry.Entry{V: 1, Text: text, Desired: desired, Generation: r.generation(), Epoch: 7}
+	p := placed{Generation: r.generation(), Epoch: 7, Approved: hash(text)}
 	for _, c := range change {
-		c(&e)
+		c(&p)
 	}
 	_, err := r.store.Apply(r.t.Context(), []store.Op{
-		store.Put(r.keys.Entry(r.machine.ID, name), registry.Encode(e)),
-		store.Put(r.keys.Placement(name), registry.Encode(registry.Placement{V: 1, Machine: r.machine.ID, Generation: e.Generation, Epoch: e.Epoch, Reason: "test"})),
+		store.Put(r.keys.Unit(name), state.Encode(state.UnitRecord{V: 1, Text: text, Desired: desired, Restarts: p.Restarts})),
+		store.Put(r.keys.Placement(name), state.Encode(state.Placement{
+			V: 1, Node: r.machine.ID, Generation: p.Generation, Epoch: p.Epoch, Approved: p.Approved, Reason: "test", Leave: p.Leave,
+		})),
 	})
 	if err != nil {
 		r.t.Fatal(err)
 	}
 }
 
-func (r *rig) states() map[string]registry.State {
-	kv, ok := r.get(r.keys.States(r.machine.ID))
+// hash returns the hash of a unit file, "" if it cannot be read.
+func hash(text string) string {
+	f, err := unit.Parse(text)
+	if err != nil {
+		return ""
+	}
+	return f.Hash().String()
+}
+
+func (r *rig) states() map[string]state.UnitState {
+	kv, ok := r.get(r.keys.UnitsReport(r.machine.ID))
 	if !ok {
 		return nil
 	}
-	s, err := registry.Decode[registry.States](kv.Value)
+	s, err := state.Decode[state.UnitsReport](kv.Value)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	return s.Units
 }
 
-func (r *rig) waitState(name, what string, ok func(registry.State) bool) {
+func (r *rig) waitState(name, what string, ok func(state.UnitState) bool) {
 	r.t.Helper()
 	r.wait(name+" "+what, func() bool { s, there := r.states()[name]; return there && ok(s) })
 }
 
 func (r *rig) waitActive(name string) {
 	r.t.Helper()
-	r.waitState(name, "to be active", func(s registry.State) bool { return s.Launched && s.Active == "active" })
+	r.waitState(name, "to be active", func(s state.UnitState) bool { return s.Launched && s.Active == "active" })
 }
 
 func (r *rig) check() {

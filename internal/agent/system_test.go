@@ -14,10 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/systemd"
 	"flotilla/internal/systemd/systemdtest"
+	"flotilla/internal/unit"
 )
 
 const childEnv = "FLOTILLA_AGENT_TEST" // endpoint of the store: run an agent until killed
@@ -38,15 +39,19 @@ func runChild(endpoint string) error {
 		return err
 	}
 	ctx := context.Background()
-	presence, conn := store.NewPresence(c, store.DefaultTTL, log), systemd.New(log)
-	go func() { _ = presence.Run(ctx) }()
-	go func() { _ = conn.Run(ctx) }()
-	return New(Config{Machine: realMachine, Keys: realKeys, Store: c, Presence: presence, Systemd: conn, Log: log}).Run(ctx)
+	presence, feed, conn := store.NewPresence(c, store.DefaultTTL, log), state.NewFeed(c, realKeys, log), systemd.New(log)
+	registration := state.NewRegistration(feed, presence, realMachine, store.DefaultTTL, log)
+	for _, run := range []func(context.Context) error{presence.Run, feed.Run, registration.Run, conn.Run} {
+		go func() { _ = run(ctx) }()
+	}
+	return New(Config{
+		ID: realMachine.ID, Feed: feed, Store: c, Registration: registration, Presence: presence, Systemd: conn, Log: log,
+	}).Run(ctx)
 }
 
 var (
-	realMachine = registry.Machine{ID: "0123456789abcdef0123456789abcdef", BootID: "b1", Node: "n1", Address: "10.0.0.1", Units: true}
-	realKeys    = registry.Keys{Prefix: "/f/"}
+	realMachine = state.NodeRecord{ID: "0123456789abcdef0123456789abcdef", BootID: "b1", Name: "n1", Address: "10.0.0.1", Units: true}
+	realKeys    = state.Keys{Prefix: "/f/"}
 )
 
 // newReal returns a rig on the real systemd of this machine.
@@ -106,7 +111,7 @@ func TestSystemManyUnits(t *testing.T) {
 	const n = 200
 	began := time.Now()
 	for i := range n {
-		r.place(fmt.Sprintf(`many\x2d%d@a.service`, i), sleeper(), registry.Launched)
+		r.place(fmt.Sprintf(`many\x2d%d@a.service`, i), sleeper(), unit.Launched)
 	}
 	r.waitAllActive(n)
 	t.Logf("%d units active after %s", n, time.Since(began).Round(time.Millisecond))
@@ -157,14 +162,14 @@ func TestSystemManyUnits(t *testing.T) {
 func TestSystemInstall(t *testing.T) {
 	r, conn := newReal(t)
 	p := r.begin()
-	r.place("hello.service", sleeper(), registry.Loaded)
-	r.place("discovery.service", "[Unit]\nBindsTo=hello.service\nAfter=hello.service\n"+sleeper("[Install]", "WantedBy=hello.service"), registry.Loaded)
-	r.waitState("discovery.service", "to be loaded", func(s registry.State) bool { return s.Load == "loaded" && s.Active == "inactive" })
-	r.waitState("hello.service", "to be loaded", func(s registry.State) bool { return s.Load == "loaded" })
-	r.place("hello.service", sleeper(), registry.Launched)
-	r.waitState("discovery.service", "to be started with hello", func(s registry.State) bool { return s.Active == "active" && !s.Launched })
-	r.place("hello.service", sleeper(), registry.Loaded)
-	r.waitState("discovery.service", "to be stopped with hello", func(s registry.State) bool { return s.Active == "inactive" })
+	r.place("hello.service", sleeper(), unit.Loaded)
+	r.place("discovery.service", "[Unit]\nBindsTo=hello.service\nAfter=hello.service\n"+sleeper("[Install]", "WantedBy=hello.service"), unit.Loaded)
+	r.waitState("discovery.service", "to be loaded", func(s state.UnitState) bool { return s.Load == "loaded" && s.Active == "inactive" })
+	r.waitState("hello.service", "to be loaded", func(s state.UnitState) bool { return s.Load == "loaded" })
+	r.place("hello.service", sleeper(), unit.Launched)
+	r.waitState("discovery.service", "to be started with hello", func(s state.UnitState) bool { return s.Active == "active" && !s.Launched })
+	r.place("hello.service", sleeper(), unit.Loaded)
+	r.waitState("discovery.service", "to be stopped with hello", func(s state.UnitState) bool { return s.Active == "inactive" })
 	if err := p.Leave(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -186,7 +191,7 @@ func TestSystemReplace(t *testing.T) {
 	}
 	want := ""
 	for v := range 4 {
-		r.place("r.service", text(v), registry.Launched)
+		r.place("r.service", text(v), unit.Launched)
 		r.wait(fmt.Sprintf("version %d", v), func() bool {
 			log, _ := os.ReadFile(file)
 			return strings.Contains(string(log), fmt.Sprintf("begin %d", v))
@@ -205,16 +210,16 @@ func TestSystemReplace(t *testing.T) {
 func TestSystemTrouble(t *testing.T) {
 	r, _ := newReal(t)
 	p := r.begin()
-	r.place("bad.service", "[Service]\nType=nonsense\n", registry.Launched)
-	r.place("fails.service", "[Service]\nExecStart=/bin/false\n", registry.Launched)
-	r.place("limit.service", "[Unit]\nStartLimitBurst=3\n[Service]\nExecStart=/bin/false\nRestart=always\nRestartSec=10ms\n", registry.Launched)
-	r.place("systemd-journald.service", sleeper(), registry.Launched)
-	r.place("good.service", sleeper(), registry.Launched)
+	r.place("bad.service", "[Service]\nType=nonsense\n", unit.Launched)
+	r.place("fails.service", "[Service]\nExecStart=/bin/false\n", unit.Launched)
+	r.place("limit.service", "[Unit]\nStartLimitBurst=3\n[Service]\nExecStart=/bin/false\nRestart=always\nRestartSec=10ms\n", unit.Launched)
+	r.place("systemd-journald.service", sleeper(), unit.Launched)
+	r.place("good.service", sleeper(), unit.Launched)
 	r.waitActive("good.service")
-	r.waitState("bad.service", "to be in trouble", func(s registry.State) bool { return s.Trouble != "" && !s.Launched })
-	r.waitState("fails.service", "to have failed", func(s registry.State) bool { return s.Launched && s.Active == "failed" && s.Trouble == "" })
-	r.waitState("limit.service", "to be in trouble", func(s registry.State) bool { return strings.Contains(s.Trouble, "given up") })
-	r.waitState("systemd-journald.service", "to be in trouble", func(s registry.State) bool { return strings.Contains(s.Trouble, "unit of that name already") })
+	r.waitState("bad.service", "to be in trouble", func(s state.UnitState) bool { return s.Trouble != "" && !s.Launched })
+	r.waitState("fails.service", "to have failed", func(s state.UnitState) bool { return s.Launched && s.Active == "failed" && s.Trouble == "" })
+	r.waitState("limit.service", "to be in trouble", func(s state.UnitState) bool { return strings.Contains(s.Trouble, "given up") })
+	r.waitState("systemd-journald.service", "to be in trouble", func(s state.UnitState) bool { return strings.Contains(s.Trouble, "unit of that name already") })
 	for name, s := range r.states() {
 		t.Logf("%s: %+v", name, s)
 	}
@@ -246,8 +251,8 @@ func TestSystemFrozenAgent(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	r.place("e.service", sleeper("Restart=always", "RestartSec=10ms", "KillMode=process", exclusive), registry.Launched)
-	r.place("n.service", sleeper(), registry.Launched)
+	r.place("e.service", sleeper("Restart=always", "RestartSec=10ms", "KillMode=process", exclusive), unit.Launched)
+	r.place("n.service", sleeper(), unit.Launched)
 	r.waitActive("e.service")
 	r.waitActive("n.service")
 	was, copy1 := detail(t, conn, "n.service").Invocation, detail(t, conn, "e.service").Invocation
@@ -258,7 +263,7 @@ func TestSystemFrozenAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wait("it to be killed", func() bool {
-		_, there := r.get(r.keys.Machine(r.machine.ID))
+		_, there := r.get(r.keys.Node(r.machine.ID))
 		pids, err := conn.Processes(t.Context(), systemd.FenceSlice)
 		if err != nil {
 			t.Fatal(err)
@@ -271,13 +276,13 @@ func TestSystemFrozenAgent(t *testing.T) {
 	if err := child.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	r.place("e.service", sleeper("Restart=always", "RestartSec=10ms", "KillMode=process", exclusive), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
-	r.place("n.service", sleeper(), registry.Launched, func(e *registry.Entry) { e.Epoch = 8 })
+	r.place("e.service", sleeper("Restart=always", "RestartSec=10ms", "KillMode=process", exclusive), unit.Launched, func(e *placed) { e.Epoch = 8 })
+	r.place("n.service", sleeper(), unit.Launched, func(e *placed) { e.Epoch = 8 })
 	// Not by the state alone: the thawed agent first writes the one from before.
-	r.waitState("e.service", "to run again", func(s registry.State) bool {
+	r.waitState("e.service", "to run again", func(s state.UnitState) bool {
 		return s.Epoch == 8 && s.Launched && s.Active == "active" && detail(t, conn, "e.service").Active == "active"
 	})
-	r.waitState("n.service", "to be refreshed", func(s registry.State) bool { return s.Epoch == 8 && s.Active == "active" })
+	r.waitState("n.service", "to be refreshed", func(s state.UnitState) bool { return s.Epoch == 8 && s.Active == "active" })
 	if detail(t, conn, "e.service").Invocation == copy1 {
 		t.Error("it is the copy that should have been killed")
 	}

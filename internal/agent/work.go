@@ -16,18 +16,18 @@ import (
 func (a *Agent) work(name string, do Action, work func(context.Context) error) {
 	u := a.units[name]
 	if u.cancel != nil {
-		u.cancel() // what systemd was asked for is not called off, but replaced
+		u.cancel() // the systemd job is not cancelled; the new one replaces it
 	}
 	ctx, cancel := context.WithCancel(a.life)
 	u.turn++
-	u.busy, u.cancel, u.broken = do, cancel, ""
-	turn, mod := u.turn, u.mod
-	a.others.Go(func() {
+	u.Busy, u.cancel, u.Broken = do, cancel, ""
+	turn := u.turn
+	a.workers.Go(func() {
 		err := work(ctx)
 		if a.life.Err() != nil {
 			err = a.life.Err()
 		}
-		a.ended <- ended{name, turn, do, err, mod}
+		a.ended <- ended{name: name, turn: turn, do: do, err: err}
 	})
 }
 
@@ -37,12 +37,14 @@ func (a *Agent) take(e ended) {
 	if u == nil || u.turn != e.turn || a.life.Err() != nil { // the next agent sees what became of it
 		return
 	}
-	u.cancel()
-	u.busy, u.cancel = "", nil
+	if u.cancel != nil {
+		u.cancel()
+	}
+	u.Busy, u.cancel = "", nil
 	a.look[e.name] = true
 	if e.do == Release {
 		if e.err == nil {
-			u.released = e.mod
+			u.released = e.of
 			a.succeed(e.name)
 		} else {
 			a.fail(e.name, e.err)
@@ -50,18 +52,18 @@ func (a *Agent) take(e ended) {
 		return
 	}
 	if e.do == Restart && errors.Is(e.err, systemd.ErrUnknown) {
-		u.broken = Restart // the next pass finds out
+		u.Broken = Restart // the next pass finds out
 		a.fail(e.name, e.err)
 		return
 	}
-	u.rec.Doing, u.rec.Before = "", ""
+	u.Doing, u.Before = "", ""
 	switch {
 	case e.do == Stop && e.err == nil:
-		u.rec.Launched = false
+		u.Launched = false
 	case e.do == Start && e.err != nil:
-		u.rec.Launched = false
+		u.Launched = false
 	case e.do == Restart && e.err == nil:
-		u.rec.Restarts = u.asked
+		u.Restarts = u.asked
 	}
 	if a.note(e.name) && e.err == nil {
 		a.succeed(e.name)
@@ -76,7 +78,7 @@ func (a *Agent) stop(steps []Step) {
 	steps = slices.DeleteFunc(steps, func(s Step) bool {
 		a.log.Info("stopping a unit", "unit", s.Unit, "reason", s.Reason)
 		u := a.units[s.Unit]
-		u.rec.Doing = Stop
+		u.Doing = Stop
 		if !a.note(s.Unit) {
 			return true
 		}
@@ -92,7 +94,7 @@ func (a *Agent) stop(steps []Step) {
 }
 
 func (a *Agent) stopOne(name string, wait func(context.Context) (systemd.Result, error)) {
-	exclusive := a.units[name].rec.Exclusive
+	exclusive := a.units[name].Exclusive
 	a.work(name, Stop, func(ctx context.Context) error {
 		if _, err := wait(ctx); err != nil {
 			return err
@@ -121,7 +123,7 @@ func (a *Agent) stopOne(name string, wait func(context.Context) (systemd.Result,
 // start starts and restarts units, all at once but for those that are ordered:
 // systemd orders what it was asked for before the first of it has begun, so a
 // unit is asked for when those that come before it are queued.
-func (a *Agent) start(now *present, steps []Step) {
+func (a *Agent) start(now *part, steps []Step) {
 	do := map[string]Action{}
 	var due []string
 	for _, s := range steps {
@@ -131,26 +133,22 @@ func (a *Agent) start(now *present, steps []Step) {
 			due = append(due, s.Unit)
 		}
 	}
-	if len(due) == 0 {
-		return
-	}
-	groups := levels(due, func(name string) []string { return now.wants[name].After })
-	turns := make([]chan struct{}, len(groups)+1)
-	for i := range turns {
-		turns[i] = make(chan struct{})
-	}
-	close(turns[0])
+	before := now.startedBefore(due)
+	groups := levels(due, func(name string) []string { return before[name] })
 	called := map[string]chan struct{}{} // closed when the worker has ended
 	for _, name := range due {
 		called[name] = make(chan struct{})
 	}
-	for i, group := range groups {
+	var turns []chan struct{} // of the groups: closed when it is theirs
+	for _, group := range groups {
+		turn := make(chan struct{})
+		turns = append(turns, turn)
 		for _, name := range group {
 			call := a.call(name, do[name], now)
 			a.work(name, do[name], func(ctx context.Context) error {
 				defer close(called[name])
 				select {
-				case <-turns[i]:
+				case <-turn:
 					return call(ctx)
 				case <-ctx.Done():
 					return ctx.Err()
@@ -158,81 +156,79 @@ func (a *Agent) start(now *present, steps []Step) {
 			})
 		}
 	}
-	if len(groups) == 1 {
-		return
-	}
 	life := a.life
-	a.others.Go(func() {
+	a.workers.Go(func() {
 		for i, group := range groups {
-			a.awaitQueued(life, group, called)
-			close(turns[i+1])
+			close(turns[i])
+			if i+1 < len(groups) {
+				a.awaitQueued(life, group, called)
+			}
 		}
 	})
 }
 
 // startable notes that the unit is about to be started, if it can be.
-func (a *Agent) startable(s Step, now *present) bool {
+func (a *Agent) startable(s Step, now *part) bool {
 	u, w := a.units[s.Unit], now.wants[s.Unit]
-	if !u.retryAt.IsZero() || !u.rec.Whole || u.status.Load != "loaded" {
+	if !u.retryAt.IsZero() || !u.Whole || u.Status.Load != "loaded" {
 		return false
 	}
 	u.asked = w.Restarts
-	u.rec.Doing, u.rec.Launched, u.rec.Asked, u.rec.Before = s.Do, true, w.Restarts, ""
+	u.Doing, u.Launched, u.Asked, u.Before = s.Do, true, w.Restarts, ""
 	if s.Do == Start {
-		u.rec.Restarts = w.Restarts
+		u.Restarts = w.Restarts
 	} else {
 		ctx, cancel := context.WithTimeout(a.life, callLimit)
 		defer cancel()
 		d, err := a.cfg.Systemd.Detail(ctx, s.Unit)
 		if err != nil {
-			u.rec.Doing = ""
+			u.Doing = ""
 			a.fail(s.Unit, err)
 			return false
 		}
-		u.rec.Before = d.Invocation
+		u.Before = d.Invocation
 	}
 	return a.note(s.Unit)
 }
 
 // call returns what starts or restarts the unit.
-func (a *Agent) call(name string, do Action, now *present) func(context.Context) error {
+func (a *Agent) call(name string, do Action, now *part) func(context.Context) error {
 	order := a.cfg.Systemd.Start
 	if do == Restart {
 		order = a.cfg.Systemd.Restart
 	}
-	exclusive, mod, generation := now.wants[name].Exclusive, now.entries[name].mod, now.generation
+	w := now.wants[name]
 	return func(ctx context.Context) error {
-		if exclusive {
-			if err := a.mayStart(ctx, name, mod, generation); err != nil {
+		if w.Exclusive {
+			if err := a.mayStart(ctx, w); err != nil {
 				return err
 			}
 		}
 		// A unit that fails was launched all the same: its state says the rest.
 		r, err := order(ctx, name)
-		if r == systemd.Asserted && exclusive {
+		if r == systemd.Asserted && w.Exclusive {
 			return fmt.Errorf("%w: the fence is closed", errNotNow)
 		}
 		return err
 	}
 }
 
-// mayStart asks the store whether an exclusive unit is still this machine's:
-// see fence.go.
-func (a *Agent) mayStart(ctx context.Context, name string, mod, generation int64) error {
-	place, entry := a.keys.Machine(a.own), a.keys.Entry(a.own, name)
-	record, _ := a.place.admitted()
-	now, _, err := a.cfg.Store.GetMany(ctx, 0, place, entry)
+// mayStart asks the store whether an exclusive unit is still this node's, with the
+// file that was approved: see fence.go.
+func (a *Agent) mayStart(ctx context.Context, w *want) error {
+	s, err := a.cfg.Feed.Fresh(ctx)
 	if err != nil {
 		return fmt.Errorf("%w: the store cannot be asked about it (%w)", errNotNow, err)
 	}
-	t0 := a.place.t0()
+	now := want{unit: s.Units[w.unit.Name]}
+	t0 := a.cfg.Registration.T0()
 	f := a.guard.look()
 	switch {
-	case now[place].Value != record || now[place].CreateRevision != generation:
+	case t0.IsZero() || a.cfg.Registration.GenerationIn(s) != w.generation:
 		return fmt.Errorf("%w: this machine's place in the cluster is not confirmed", errNotNow)
-	case now[entry].ModRevision != mod:
+	case now.unit == nil || now.version() != w.version():
 		return fmt.Errorf("%w: its place has changed meanwhile", errNotNow)
-	case !f.Open || !f.Solo && (t0.IsZero() || time.Since(t0) >= stopAfter(a.cfg.TTL)):
+	case !f.Open || !f.Exempt && time.Since(t0) >= stopAfter(a.cfg.TTL):
 		return fmt.Errorf("%w: the fence is not armed", errNotNow)
 	}
 	return nil
@@ -263,69 +259,55 @@ func (a *Agent) awaitQueued(ctx context.Context, group []string, called map[stri
 	}
 }
 
-// release tells the store that released units have left.
-func (a *Agent) release(now *present, names []string) {
+// releasesAtOnce is how many units leave in one transaction, with two conditions
+// each.
+const releasesAtOnce = 60
+
+// release tells the store that units have left.
+func (a *Agent) release(now *part, names []string) {
 	names = slices.DeleteFunc(names, func(name string) bool {
-		return now.generation == 0 || a.units[name].on // not yet unloaded, after all
+		return now.generation == 0 || a.units[name].On // not yet unloaded, after all
 	})
-	for some := range slices.Chunk(names, 60) {
-		batch := &releases{agent: a, generation: now.generation, done: make(chan struct{}), failed: map[string]error{}}
+	for some := range slices.Chunk(names, releasesAtOnce) {
+		var left []*want
+		var ends []ended
 		for _, name := range some {
-			batch.units = append(batch.units, released{name, now.entries[name].mod})
-			a.work(name, Release, func(ctx context.Context) error {
-				select {
-				case <-batch.done:
-					return batch.failed[name]
-				case <-ctx.Done():
-					return ctx.Err()
-				}
-			})
+			u, w := a.units[name], now.wants[name]
+			u.turn++
+			u.Busy = Release
+			left = append(left, w)
+			ends = append(ends, ended{name: name, turn: u.turn, do: Release, of: w.version()})
 		}
 		life := a.life
-		a.others.Go(func() { batch.write(life) })
+		a.workers.Go(func() {
+			err := a.deletePlacements(life, left...)
+			for i, e := range ends {
+				if e.err = err; errors.Is(err, store.ErrConflict) { // because of one of them, perhaps
+					e.err = a.deletePlacements(life, left[i])
+				}
+				if e.err != nil {
+					e.err = fmt.Errorf("%w: the store does not take back its place (%w)", errNotNow, e.err)
+				}
+				a.ended <- e
+			}
+		})
 	}
 }
 
-type released struct {
-	name string
-	mod  int64
-}
-
-// releases are units that leave in one transaction.
-type releases struct {
-	agent      *Agent
-	generation int64
-	units      []released
-	failed     map[string]error // written before done is closed
-	done       chan struct{}
-}
-
-func (r *releases) write(ctx context.Context) {
-	defer close(r.done)
-	err := r.apply(ctx, r.units...)
-	if err == nil {
-		return
-	}
-	for _, u := range r.units {
-		if errors.Is(err, store.ErrConflict) { // because of one of them, perhaps
-			r.failed[u.name] = r.apply(ctx, u)
-		} else {
-			r.failed[u.name] = err
-		}
-		if one := r.failed[u.name]; one != nil {
-			r.failed[u.name] = fmt.Errorf("%w: the store does not take back its place (%w)", errNotNow, one)
-		}
-	}
-}
-
-func (r *releases) apply(ctx context.Context, units ...released) error {
-	a := r.agent
+// deletePlacements deletes the placements of units that have left, if all is as it
+// was when that was found to be wanted: one that was destroyed or inactive may be
+// wanted again.
+func (a *Agent) deletePlacements(ctx context.Context, left ...*want) error {
+	keys := a.cfg.Feed.Keys
+	conds := []store.Cond{store.CreatedAt(keys.Node(a.cfg.ID), left[0].generation)}
 	var ops []store.Op
-	conds := []store.Cond{store.CreatedAt(a.keys.Machine(a.own), r.generation)}
-	for _, u := range units {
-		entry := a.keys.Entry(a.own, u.name)
-		ops = append(ops, store.Delete(entry), store.Delete(a.keys.Placement(u.name)))
-		conds = append(conds, store.Unchanged(entry, u.mod))
+	for _, w := range left {
+		name := w.unit.Name
+		ops = append(ops, store.Delete(keys.Placement(name)))
+		conds = append(conds, store.Unchanged(keys.Placement(name), w.unit.Placement.Modified))
+		if w.unit.Placement.Value.Leave == "" {
+			conds = append(conds, store.Unchanged(keys.Unit(name), w.unit.Record.Modified))
+		}
 	}
 	_, err := a.cfg.Store.Apply(ctx, ops, conds...)
 	return err

@@ -24,8 +24,8 @@ func WriteFile(path string, data []byte, mode fs.FileMode) error {
 // Write replaces the file at path by what fill writes, as WriteFile does. An
 // error of fill is returned as it is, and leaves the old file.
 func Write(path string, mode fs.FileMode, fill func(io.Writer) error) (err error) {
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	dir, name := filepath.Split(filepath.Clean(path))
+	f, err := os.CreateTemp(dir, "."+name[:min(len(name), 200)]+".*") // names end at 255 bytes
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}

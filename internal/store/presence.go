@@ -21,6 +21,8 @@ const DefaultTTL = 12 * time.Second
 // All of them are on one lease, which is renewed four times per TTL. If the
 // lease is lost they are all written again under a new one; so are, within a
 // minute, keys that somebody else deleted.
+//
+// Withdraw takes the keys out of the store until Return, and may come before Run.
 type Presence struct {
 	c   *Client
 	ttl time.Duration
@@ -31,10 +33,25 @@ type Presence struct {
 	mu    sync.Mutex
 	want  map[string]string   // guarded by mu
 	dirty map[string]struct{} // keys that differ, or may differ, from the store; guarded by mu
+	away  bool                // withdrawn; guarded by mu
+	drop  bool                // the present lease is to be revoked; guarded by mu
 
-	confirmed atomic.Pointer[time.Time] // see Confirmed; nil: no lease
-	beat      chan struct{}             // one slot, filled with each confirmation
-	linger    atomic.Bool               // see Linger
+	lease  atomic.Pointer[leaseLink]
+	linger atomic.Bool // see Linger
+}
+
+// Lease is how the lease of a Presence stands.
+type Lease struct {
+	Number int // 1 is the first one that this Presence was granted; 0: none was yet
+	// Renewed is when the last renewal that the store confirmed had been sent: the
+	// store keeps the lease for at least the TTL from then. It has a monotonic
+	// reading. It is zero once the lease is known to be lost.
+	Renewed time.Time
+}
+
+type leaseLink struct {
+	Lease
+	replaced chan struct{} // closed when a newer link is stored
 }
 
 // The time between two writes of a Presence: the second of a quick sequence, which
@@ -51,7 +68,9 @@ const (
 // NewPresence returns a Presence with no keys. ttl is rounded up to seconds;
 // etcd grants no less than 2 s.
 func NewPresence(c *Client, ttl time.Duration, log *slog.Logger) *Presence {
-	return &Presence{c: c, ttl: ttl, log: log, wake: make(chan struct{}, 1), beat: make(chan struct{}, 1), want: map[string]string{}, dirty: map[string]struct{}{}}
+	p := &Presence{c: c, ttl: ttl, log: log, wake: make(chan struct{}, 1), want: map[string]string{}, dirty: map[string]struct{}{}}
+	p.lease.Store(&leaseLink{replaced: make(chan struct{})})
+	return p
 }
 
 // Set makes the key hold value as soon as the store can be reached. It never
@@ -78,32 +97,33 @@ func (p *Presence) Delete(key string) {
 	p.touch(key)
 }
 
-// Confirmed returns when the last renewal of the lease that the store confirmed
-// had been sent: the store keeps the lease for at least the TTL from then. It is
-// the zero Time before the first lease, and while it is known to be lost.
-// The Time has a monotonic reading.
-func (p *Presence) Confirmed() time.Time {
-	if t := p.confirmed.Load(); t != nil {
-		return *t
-	}
-	return time.Time{}
+// Lease returns how the lease stands, and a channel that is closed when that
+// changes: with each confirmed renewal, and when the lease is lost.
+func (p *Presence) Lease() (Lease, <-chan struct{}) {
+	l := p.lease.Load()
+	return l.Lease, l.replaced
 }
 
-// Beats receives after each confirmation and after each loss of the lease; one
-// that nobody waited for is kept. There is one channel for all callers.
-func (p *Presence) Beats() <-chan struct{} { return p.beat }
+// tell publishes how the lease stands.
+func (p *Presence) tell(l Lease) {
+	close(p.lease.Swap(&leaseLink{l, make(chan struct{})}).replaced)
+}
 
-// confirm notes a confirmation, or a loss if sent is zero.
-func (p *Presence) confirm(sent time.Time) {
-	if sent.IsZero() {
-		p.confirmed.Store(nil)
-	} else {
-		p.confirmed.Store(&sent)
-	}
-	select {
-	case p.beat <- struct{}{}:
-	default:
-	}
+// Withdraw takes all keys out of the store, but not what somebody else has
+// written to them, and has nothing written until Return: the lease is revoked.
+func (p *Presence) Withdraw() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.away, p.drop = true, true
+	p.touch()
+}
+
+// Return ends Withdraw: all keys are written, under another lease.
+func (p *Presence) Return() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.away = false
+	p.touch()
 }
 
 // touch marks keys dirty; p.mu is held.
@@ -118,8 +138,12 @@ func (p *Presence) touch(keys ...string) {
 }
 
 // Linger says whether the keys stay until the lease expires when Run ends, so
-// that a process that is started again within the TTL was never away.
+// that a process that is started again within the TTL was never away. What was
+// deleted is deleted all the same.
 func (p *Presence) Linger(linger bool) { p.linger.Store(linger) }
+
+// errWithdrawn ends the keeping of a lease that is to be revoked.
+var errWithdrawn = errors.New("the keys were withdrawn")
 
 // Run keeps the keys until ctx ends, and returns nil then. Unless they linger it
 // revokes the lease on the way out, which removes the keys at once, if that
@@ -127,34 +151,48 @@ func (p *Presence) Linger(linger bool) { p.linger.Store(linger) }
 func (p *Presence) Run(ctx context.Context) error {
 	var lease clientv3.LeaseID
 	defer func() {
-		if lease != 0 && !p.linger.Load() {
-			rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-			defer cancel()
-			_, _ = p.flush(rctx, lease)         // what was said last, for those who watch
+		if lease == 0 {
+			return
+		}
+		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_, _ = p.flush(rctx, lease) // what was said last, for those who watch
+		if !p.linger.Load() {
 			_, _ = p.c.etcd.Revoke(rctx, lease) // it expires anyway
 		}
 	}()
-	away := false
-	for ctx.Err() == nil {
-		granted, err := p.grant(ctx)
+	number, away := 0, false
+	lost := func() {
+		lease = 0
+		p.tell(Lease{Number: number})
+	}
+	for p.admitted(ctx) {
+		granted, err := p.grant(ctx, number+1)
 		if err == nil {
+			number++
 			lease = granted
 			if away {
 				away = false
 				p.log.Info("the keys of this node are in the store again")
 			}
-			err = p.keep(ctx, lease)
+			err = p.keep(ctx, lease, number)
 		}
-		if ctx.Err() != nil {
-			break
-		}
-		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
-			lease = 0
-			p.confirm(time.Time{})
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, errWithdrawn):
+			rctx, cancel := context.WithTimeout(ctx, writeLimit)
+			if _, err := p.c.etcd.Revoke(rctx, lease); err != nil {
+				p.log.Warn("the keys of this node are in the store until their lease expires", "err", err)
+			}
+			cancel()
+			lost()
+			continue
+		case errors.Is(err, rpctypes.ErrLeaseNotFound):
+			lost()
 			p.log.Warn("the lease of this node was lost: writing its keys again", "err", err)
 			continue
-		}
-		if !away {
+		case !away:
 			away = true
 			p.log.Warn("the keys of this node cannot be kept in the store: trying again", "err", err)
 		}
@@ -166,8 +204,33 @@ func (p *Presence) Run(ctx context.Context) error {
 	return nil
 }
 
-// grant gets a lease and marks all keys to be written under it.
-func (p *Presence) grant(ctx context.Context) (clientv3.LeaseID, error) {
+// admitted waits while the keys are withdrawn. It returns false when ctx ends.
+func (p *Presence) admitted(ctx context.Context) bool {
+	for ctx.Err() == nil {
+		p.mu.Lock()
+		away := p.away
+		p.drop = p.drop && away // there is no lease to revoke
+		p.mu.Unlock()
+		if !away {
+			return true
+		}
+		select {
+		case <-p.wake:
+		case <-ctx.Done():
+		}
+	}
+	return false
+}
+
+// dropped reports whether the lease is to be revoked.
+func (p *Presence) dropped() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.drop
+}
+
+// grant gets the lease of that number and marks all keys to be written under it.
+func (p *Presence) grant(ctx context.Context, number int) (clientv3.LeaseID, error) {
 	ctx, cancel := context.WithTimeout(ctx, writeLimit)
 	defer cancel()
 	sent := time.Now()
@@ -175,7 +238,7 @@ func (p *Presence) grant(ctx context.Context) (clientv3.LeaseID, error) {
 	if err != nil {
 		return 0, p.c.explain("get a lease", err)
 	}
-	p.confirm(sent)
+	p.tell(Lease{number, sent})
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.touch(slices.Collect(maps.Keys(p.want))...)
@@ -183,7 +246,7 @@ func (p *Presence) grant(ctx context.Context) (clientv3.LeaseID, error) {
 }
 
 // keep renews the lease and writes what changes, until the lease is lost.
-func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
+func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID, number int) error {
 	renew := time.NewTimer(p.ttl / 4)
 	defer renew.Stop()
 	var pause <-chan time.Time // set while a write must wait for the next interval
@@ -196,6 +259,9 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 		case <-ctx.Done():
 			return nil
 		case <-wake:
+			if p.dropped() {
+				return errWithdrawn
+			}
 			size, err := p.flush(ctx, lease)
 			if time.Since(rested) > coalesce {
 				rest = coalesceFirst
@@ -213,7 +279,10 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 			wake, pause, rested = p.wake, nil, time.Now()
 		case <-renew.C:
 			began := time.Now()
-			err := p.renew(ctx, lease)
+			if p.dropped() {
+				return errWithdrawn
+			}
+			err := p.renew(ctx, lease, number)
 			if rounds++; err == nil && rounds%20 == 0 {
 				err = p.repair(ctx, lease)
 			}
@@ -232,14 +301,14 @@ func (p *Presence) keep(ctx context.Context, lease clientv3.LeaseID) error {
 	}
 }
 
-func (p *Presence) renew(ctx context.Context, lease clientv3.LeaseID) error {
+func (p *Presence) renew(ctx context.Context, lease clientv3.LeaseID, number int) error {
 	ctx, cancel := context.WithTimeout(ctx, readLimit)
 	defer cancel()
 	sent := time.Now()
 	if _, err := p.c.etcd.KeepAliveOnce(ctx, lease); err != nil {
 		return p.c.explain("renew the lease", err)
 	}
-	p.confirm(sent)
+	p.tell(Lease{number, sent})
 	return nil
 }
 
@@ -272,7 +341,7 @@ func (p *Presence) take(lease clientv3.LeaseID) (keys []string, ops []clientv3.O
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for k := range p.dirty {
-		if len(ops) == MaxOps {
+		if len(ops) == MaxOps || p.away || p.drop {
 			break
 		}
 		delete(p.dirty, k)

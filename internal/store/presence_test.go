@@ -116,32 +116,110 @@ func TestPresenceConfirmed(t *testing.T) {
 	etcd := raw(t, endpoint)
 	proxy := storetest.NewProxy(t, endpoint)
 	p := store.NewPresence(open(t, proxy.Endpoint()), 2*time.Second, logger(t))
-	if !p.Confirmed().IsZero() {
+	confirmed := func() time.Time { lease, _ := p.Lease(); return lease.Renewed }
+	_, renewed := p.Lease()
+	if !confirmed().IsZero() {
 		t.Error("confirmed before there is a lease")
 	}
 	before := time.Now()
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
-	<-p.Beats()
-	first := p.Confirmed()
+	<-renewed
+	first := confirmed()
 	if !first.After(before) {
 		t.Errorf("confirmed at %v, before it was asked at %v", first, before)
 	}
-	storetest.Wait(t, 30*time.Second, "a renewal", func() bool { return p.Confirmed().After(first) })
+	storetest.Wait(t, 30*time.Second, "a renewal", func() bool { return confirmed().After(first) })
 
 	proxy.Freeze()
 	storetest.Wait(t, 30*time.Second, "the lease to expire", func() bool {
 		leases, err := etcd.Leases(t.Context())
 		return err == nil && len(leases.Leases) == 0
 	})
-	if age := time.Since(p.Confirmed()); age < 2*time.Second {
+	if age := time.Since(confirmed()); age < 2*time.Second {
 		t.Errorf("the lease expired %v after the last confirmation, sooner than its TTL", age)
 	}
 	proxy.Thaw()
-	storetest.Wait(t, 30*time.Second, "a new lease", func() bool { return time.Since(p.Confirmed()) < time.Second })
+	storetest.Wait(t, 30*time.Second, "a new lease", func() bool { return time.Since(confirmed()) < time.Second })
 	stop()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// What was withdrawn is out of the store, and comes back with the next lease; what
+// somebody else has written meanwhile stays.
+func TestPresenceWithdraws(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	c := open(t, endpoint)
+	p := store.NewPresence(c, 10*time.Second, logger(t))
+	p.Withdraw()
+	p.Set("/a", "ours")
+	p.Set("/b", "ours")
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	value := func(key string) string {
+		kv, _, err := c.Get(t.Context(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kv.Value
+	}
+	if lease, _ := p.Lease(); lease.Number != 0 || value("/a") != "" {
+		t.Errorf("withdrawn before it began, it has lease %+v and wrote %q", lease, value("/a"))
+	}
+	for round := 1; round <= 2; round++ {
+		p.Return()
+		storetest.Wait(t, 5*time.Second, "the keys", func() bool { return value("/a") == "ours" && value("/b") == "ours" })
+		lease, renewed := p.Lease()
+		if lease.Number != round || time.Since(lease.Renewed) > 5*time.Second {
+			t.Errorf("round %d: %+v", round, lease)
+		}
+		if _, err := c.Apply(t.Context(), []store.Op{store.Put("/b", "theirs")}); err != nil {
+			t.Fatal(err)
+		}
+		p.Withdraw()
+		<-renewed
+		storetest.Wait(t, 5*time.Second, "the keys to be gone", func() bool { return value("/a") == "" })
+		if lease, _ := p.Lease(); lease.Number != round || !lease.Renewed.IsZero() {
+			t.Errorf("withdrawn it has %+v", lease)
+		}
+		if got := value("/b"); got != "theirs" {
+			t.Errorf("the other's key is %q", got)
+		}
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// A deletion is written at the end although the other keys linger.
+func TestPresenceDeletesWhileLingering(t *testing.T) {
+	t.Parallel()
+	endpoint := storetest.Start(t)
+	c := open(t, endpoint)
+	p := store.NewPresence(c, time.Minute, logger(t))
+	p.Linger(true)
+	p.Set("/a", "x")
+	p.Set("/b", "x")
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	there := func(key string) bool {
+		_, there, err := c.Get(t.Context(), key)
+		return there && err == nil
+	}
+	storetest.Wait(t, 5*time.Second, "the keys", func() bool { return there("/a") && there("/b") })
+	stop()
+	p.Delete("/a")
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if there("/a") || !there("/b") {
+		t.Errorf("the deleted key is there: %v, the other: %v", there("/a"), there("/b"))
 	}
 }
