@@ -282,7 +282,8 @@ func (s *Server) remoteStatuses(ctx context.Context, n *state.Node, names []stri
 	return found.Statuses, nil
 }
 
-func (s *Server) unitStatus(w http.ResponseWriter, r *http.Request) {
+// ServeUnitStatus answers GET /v1/unit-status: systemd's status of units.
+func (s *Server) ServeUnitStatus(w http.ResponseWriter, r *http.Request) {
 	_, v, ok := s.begin(w, r)
 	if !ok {
 		return

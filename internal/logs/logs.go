@@ -60,12 +60,6 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// Register adds what operators ask to the API of the node.
-func (s *Server) Register(mux *http.ServeMux) {
-	mux.HandleFunc("GET /v1/journal", s.journal)
-	mux.HandleFunc("GET /v1/unit-status", s.unitStatus)
-}
-
 // errNoUnit: there is no such unit, or none that matches.
 var errNoUnit = errors.New("no such unit")
 

@@ -162,7 +162,8 @@ func newCluster(t *testing.T, size int) *cluster {
 		running.Go(func() { _ = n.http.Serve(l) })
 		t.Cleanup(func() { _ = n.http.Close() })
 		mux := http.NewServeMux()
-		n.Register(mux)
+		mux.HandleFunc("GET /v1/journal", n.ServeJournal)
+		mux.HandleFunc("GET /v1/unit-status", n.ServeUnitStatus)
 		api := httptest.NewServer(mux)
 		t.Cleanup(func() {
 			api.CloseClientConnections()

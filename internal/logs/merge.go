@@ -13,7 +13,8 @@ import (
 	"flotilla/internal/wire"
 )
 
-func (s *Server) journal(w http.ResponseWriter, r *http.Request) {
+// ServeJournal answers GET /v1/journal: the lines of units, merged by time.
+func (s *Server) ServeJournal(w http.ResponseWriter, r *http.Request) {
 	q, v, ok := s.begin(w, r)
 	if !ok {
 		return

@@ -1,6 +1,9 @@
 package node
 
 import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,7 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/dns"
 	"flotilla/internal/nodeconfig"
+	"flotilla/internal/router"
 	"flotilla/internal/store"
 )
 
@@ -83,4 +88,103 @@ func firstFreePort() int {
 		return 1024
 	}
 	return n
+}
+
+// endpoints returns where the store is reached and which of them is this node's
+// own, "" if it has none.
+func (c *settings) endpoints() (all []string, local string) {
+	if !c.RunsStore() {
+		return c.EtcdEndpoints, ""
+	}
+	addr, _ := netip.ParseAddr(c.Address) // Validate has parsed it
+	local = "http://" + netip.AddrPortFrom(addr, uint16(c.StoreClientPort)).String()
+	all = append(all, local)
+	for _, j := range c.Join {
+		if e, err := nodeconfig.JoinEndpoint(j, c.StoreClientPort); err == nil && e != local {
+			all = append(all, e)
+		}
+	}
+	return all, local
+}
+
+// tls returns how to speak to an external etcd, nil for plain connections.
+func (c *settings) tls() (*tls.Config, error) {
+	if c.EtcdCAFile == "" && c.EtcdCertFile == "" {
+		if len(c.EtcdEndpoints) > 0 && strings.HasPrefix(c.EtcdEndpoints[0], "https://") {
+			return &tls.Config{MinVersion: tls.VersionTLS12}, nil // the system's authorities
+		}
+		return nil, nil
+	}
+	t := &tls.Config{MinVersion: tls.VersionTLS12}
+	if c.EtcdCAFile != "" {
+		pem, err := os.ReadFile(c.EtcdCAFile)
+		if err != nil {
+			return nil, fmt.Errorf("--etcd-ca-file: %w", err)
+		}
+		t.RootCAs = x509.NewCertPool()
+		if !t.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("--etcd-ca-file %s holds no certificate", c.EtcdCAFile)
+		}
+	}
+	if c.EtcdCertFile != "" {
+		if _, err := tls.LoadX509KeyPair(c.EtcdCertFile, c.EtcdKeyFile); err != nil {
+			return nil, fmt.Errorf("--etcd-cert-file %s with --etcd-key-file %s: %w", c.EtcdCertFile, c.EtcdKeyFile, err)
+		}
+		// Read again for each handshake, so that a renewed certificate is used.
+		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			pair, err := tls.LoadX509KeyPair(c.EtcdCertFile, c.EtcdKeyFile)
+			return &pair, err
+		}
+	}
+	return t, nil
+}
+
+func (c *settings) router(addr netip.Addr, ops string) router.Config {
+	r := router.Config{
+		Node: c.Name, Address: addr, HTTPPort: c.HTTPPort, HTTPSPort: c.HTTPSPort, BalancerPort: c.BalancerPort,
+		RedirectPort: c.RedirectPort, SNIPort: c.TLSPassthroughPort, Dir: filepath.Join(c.Data, "router"),
+		Certs: c.Certs, OpsSocket: ops, Binary: c.HAProxy, Supervise: c.Supervise, AcceptProxy: c.AcceptProxy,
+		AccessLog: c.AccessLog, HostPorts: c.HostPorts, MaxConnections: c.MaxConnections,
+	}
+	for _, v := range c.TrustedProxy {
+		if p, err := nodeconfig.ParsePrefix(v); err == nil { // Validate has parsed it
+			r.TrustedProxies = append(r.TrustedProxies, p)
+		}
+	}
+	return r
+}
+
+// resolvConf is where the machine's own resolvers are listed.
+const resolvConf = "/etc/resolv.conf"
+
+func (c *settings) dns(addr netip.Addr) (dns.Config, error) {
+	d := dns.Config{
+		Listen: []netip.AddrPort{netip.AddrPortFrom(addr, uint16(c.DNSPort))}, Domain: c.DNSDomain,
+		Address: []netip.Addr{addr}, Node: c.Name,
+	}
+	for _, v := range c.DNSListen {
+		a, err := nodeconfig.AddrPort(v, c.DNSPort)
+		if err != nil {
+			return d, fmt.Errorf("--dns-listen %s: %w", v, err)
+		}
+		d.Listen = append(d.Listen, a)
+	}
+	switch {
+	case len(c.DNSUpstream) == 1 && c.DNSUpstream[0] == "none":
+	case len(c.DNSUpstream) == 0:
+		found, err := dns.ResolvConf(resolvConf)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return d, err
+		}
+		d.Upstreams = found
+	default:
+		for _, v := range c.DNSUpstream {
+			a, err := nodeconfig.AddrPort(v, 53)
+			if err != nil {
+				return d, fmt.Errorf("--dns-upstream %s: %w", v, err)
+			}
+			d.Upstreams = append(d.Upstreams, a)
+		}
+	}
+	return d, nil
 }

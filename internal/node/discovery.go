@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
-	"flotilla/internal/client"
 	"flotilla/internal/store"
+	"flotilla/internal/wire"
 )
 
 // Problems logged one by one in one step; of more, only the number is logged.
@@ -30,16 +30,16 @@ type discovery struct {
 	builder *catalog.Builder
 	last    *catalog.Snapshot
 
-	source   atomic.Pointer[client.Source]
+	source   atomic.Pointer[wire.Source]
 	problems atomic.Int64
 }
 
 // restore publishes the catalog of an earlier run, before the store is asked.
 func (d *discovery) restore(s *saved) {
-	source := client.SourceNone
+	source := wire.SourceNone
 	if s != nil {
 		d.publish(d.builder.Restore(s.revision, s.keys))
-		source = client.SourceSnapshot
+		source = wire.SourceSnapshot
 		d.log.Info("routing from the catalog on disk until the store answers",
 			"revision", s.revision, "services", d.last.Len(), "saved", s.at.Format(time.RFC3339))
 	}
@@ -76,8 +76,8 @@ func (d *discovery) apply(u store.Update) int {
 		d.received(next.Revision)
 	}
 	d.publish(next)
-	if *d.source.Load() != client.SourceLive {
-		live := client.SourceLive
+	if *d.source.Load() != wire.SourceLive {
+		live := wire.SourceLive
 		d.source.Store(&live)
 		d.log.Info("the catalog is loaded from the store", "revision", u.Revision, "services", next.Len())
 	}
@@ -166,11 +166,14 @@ func (d *discovery) checkHold(now time.Time) {
 	d.publish(d.builder.Apply(catalog.Batch{Revision: d.last.Revision, Now: now}))
 }
 
-// state returns what the API says about where the catalog comes from.
-func (d *discovery) state() client.StoreState {
-	s := d.reflector.Status()
-	return client.StoreState{
+// status returns what the API says about where the catalog comes from.
+func (d *discovery) status() wire.StoreStatus {
+	return storeStatus(d.reflector.Status(), *d.source.Load())
+}
+
+func storeStatus(s store.Status, from wire.Source) wire.StoreStatus {
+	return wire.StoreStatus{
 		Live: s.Live, Confirmed: s.Confirmed, Revision: s.Revision, Lists: s.Lists,
-		Restarts: s.Restarts, Drift: s.Drift, Held: s.Held, Err: s.Err, Source: *d.source.Load(),
+		Restarts: s.Restarts, Drift: s.Drift, Held: s.Held, Err: s.Err, Source: from,
 	}
 }

@@ -2,78 +2,72 @@ package node
 
 import (
 	"bytes"
-	"errors"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"os"
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/child"
+	"flotilla/internal/state"
 )
 
-// Machine returns what the registry is to know of this machine. The
-// configuration has to be valid.
-func (c *settings) Machine(version string) (registry.Machine, error) {
-	m := registry.Machine{
-		V: registry.Version, ID: c.MachineID, Node: c.Name, Address: c.Address, Version: version,
-		Metadata: map[string]string{}, Counters: map[string]int64{}, CPU: int64(runtime.NumCPU()) * 1000, Units: c.RunsUnits(),
+// record returns what the cluster is to know of this node. The configuration has
+// to be valid.
+func (c *settings) record(version string, started time.Time) (state.NodeRecord, error) {
+	r := state.NodeRecord{
+		Name: c.Name, Address: c.Address, Version: version, Started: started.Unix(),
+		Metadata: map[string]string{}, Counters: map[string]int64{}, CPU: int64(runtime.NumCPU()) * 1000, Units: c.RunsUnits(), Routes: !c.UnitsOnly,
 	}
-	from, remedy := "--machine-id", "leave it out to use /etc/machine-id"
-	if m.ID == "" {
-		raw, err := os.ReadFile("/etc/machine-id")
-		if err != nil {
-			return m, fmt.Errorf("read the machine's ID: %w; give --machine-id", err)
-		}
-		m.ID, from, remedy = string(bytes.TrimSpace(raw)), "/etc/machine-id", "make one with systemd-machine-id-setup"
+	var err error
+	if r.ID, err = c.id(r.Units); err != nil {
+		return r, err
 	}
-	if err := registry.CheckMachineID(m.ID); err != nil {
-		return m, fmt.Errorf("%s: %w; %s", from, err, remedy)
+	if r.BootID, err = child.BootID(); err != nil {
+		return r, err
 	}
-	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return m, fmt.Errorf("read the boot ID: %w", err)
-	}
-	m.BootID = bootID(string(bytes.TrimSpace(raw)))
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
-		return m, fmt.Errorf("read the size of the memory: %w", err)
+		return r, fmt.Errorf("read the size of the memory: %w", err)
 	}
-	m.Memory = int64(info.Totalram) * int64(info.Unit)
+	r.Memory = int64(info.Totalram) * int64(info.Unit)
 	for _, kv := range c.Metadata {
 		k, v, _ := strings.Cut(kv, "=")
-		m.Metadata[k] = v
+		r.Metadata[k] = v
 	}
 	for _, kv := range c.Counters {
 		k, v, _ := strings.Cut(kv, "=")
-		m.Counters[k], _ = strconv.ParseInt(v, 10, 64) // Validate has parsed it
+		r.Counters[k], _ = strconv.ParseInt(v, 10, 64) // Validate has parsed it
 	}
-	if c.APIPort != 0 {
-		addr, err := netip.ParseAddr(c.Address)
-		if err != nil {
-			return m, errors.New("the node's address is not valid")
-		}
-		m.API = netip.AddrPortFrom(addr, uint16(c.APIPort)).String()
+	if addr, err := netip.ParseAddr(c.Address); err == nil && r.Units && c.APIPort != 0 {
+		r.Peer = netip.AddrPortFrom(addr, uint16(c.APIPort)).String()
 	}
-	return m, nil
+	return r, nil
 }
 
-// bootID tells boots apart also in containers, which share the kernel's boot
-// ID: their first process started at another time.
-func bootID(kernel string) string {
-	stat, err := os.ReadFile("/proc/1/stat")
-	if err != nil {
-		return kernel
+// id returns the node's ID: that of the machine if the node runs its units. Several
+// nodes that only route may be on one machine: their names are part of their IDs.
+func (c *settings) id(units bool) (string, error) {
+	id, from, remedy := c.MachineID, "--machine-id", "leave it out to use /etc/machine-id"
+	if id == "" {
+		raw, err := os.ReadFile("/etc/machine-id")
+		if err != nil && units {
+			return "", fmt.Errorf("read the machine's ID: %w; give --machine-id", err)
+		}
+		id, from, remedy = string(bytes.TrimSpace(raw)), "/etc/machine-id", "make one with systemd-machine-id-setup"
+		if !units {
+			sum := sha256.Sum256([]byte(id + "/" + c.Name))
+			return hex.EncodeToString(sum[:16]), nil
+		}
 	}
-	// The name in parentheses may hold anything; the start time is the 20th field
-	// behind it.
-	rest := stat[max(0, bytes.LastIndex(stat, []byte(") ")))+1:]
-	fields := bytes.Fields(rest)
-	if len(fields) < 20 {
-		return kernel
+	if err := state.CheckNodeID(id); err != nil {
+		return "", fmt.Errorf("%s: %w; %s", from, err, remedy)
 	}
-	return kernel + "-" + string(fields[19])
+	return id, nil
 }

@@ -5,54 +5,73 @@ package node
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
+	"flotilla/internal/agent"
 	"flotilla/internal/api"
 	"flotilla/internal/catalog"
 	"flotilla/internal/dns"
+	"flotilla/internal/engine"
+	"flotilla/internal/fleetapi"
+	"flotilla/internal/logs"
 	"flotilla/internal/nodeconfig"
+	"flotilla/internal/peer"
 	"flotilla/internal/router"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
+	"flotilla/internal/systemd"
+	"flotilla/internal/wire"
 )
-
-// SchemaKey holds the version of the keys below /flotilla/ as {"v":1}.
-const SchemaKey = "/flotilla/schema"
-
-// schemaVersion is the one this program reads and writes.
-const schemaVersion = 1
 
 // node is what the parts of Run share.
 type node struct {
-	cfg     settings
-	version string
-	log     *slog.Logger
-	started time.Time
+	cfg      settings
+	version  string
+	log      *slog.Logger
+	started  time.Time
+	troubles troubles
 
-	feed      *catalog.Feed
-	client    *store.Client
-	router    *router.Router
-	dns       *dns.Server
+	client       *store.Client
+	state        *state.Feed
+	record       state.NodeRecord
+	presence     *store.Presence
+	registration *state.Registration
+	engine       *engine.Engine
+	peer         *peer.Peer
+	api          *api.Server
+
+	services // where it routes
+	units    // where it runs units
+}
+
+// services is what a node that routes has.
+type services struct {
+	catalog   *catalog.Feed
 	discovery *discovery
 	lastGood  *lastGood
+	router    *router.Router
+	dns       *dns.Server
 	lag       *lag
-	presence  *store.Presence
-	api       *api.Server
-	fleet     fleet
-	troubles  troubles
+}
+
+// units is what a node that runs units has.
+type units struct {
+	systemd *systemd.Conn
+	agent   *agent.Agent
+	left    chan struct{} // closed when the node has left the cluster for good
+	leaving sync.Once     // closes left
 }
 
 // Run runs a node until ctx ends. The configuration has to be valid.
@@ -64,8 +83,8 @@ type node struct {
 // sockets are those that systemd opened for this process; the API is served on
 // them too, and they stay open.
 //
-// Errors: another node uses the data directory, a port is taken (with the
-// program that has it), or a part of the node failed.
+// Errors: another node uses the data directory, a port is taken, or a part of the
+// node failed.
 func Run(ctx context.Context, given nodeconfig.Config, version string, log *slog.Logger, sockets ...*os.File) (err error) {
 	cfg := settings{given}
 	if err := os.MkdirAll(cfg.Data, 0o755); err != nil {
@@ -77,64 +96,54 @@ func Run(ctx context.Context, given nodeconfig.Config, version string, log *slog
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
 
-	n := &node{cfg: cfg, version: version, log: log, started: time.Now(), feed: catalog.NewFeed()}
+	n := &node{cfg: cfg, version: version, log: log, started: time.Now()}
 	if err := n.open(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.client.Close()) }()
-	listeners, err := n.listeners(sockets)
-	if err != nil {
+	if n.api.Listeners, err = n.listeners(sockets); err != nil {
 		return cfg.explainBind(err)
 	}
-
 	log.Info("node starts", "node", cfg.Name, "address", cfg.Address, "data", cfg.Data, "version", version)
-	var parts []part
-	if cfg.RunsStore() && cfg.Supervise {
-		parts = append(parts, part{"store", n.runStore})
-	}
-	parts = append(parts, part{"store client", n.client.Run}, part{"schema", n.checkSchema})
-	parts = append(parts, n.fleetParts()...)
-	if cfg.UnitsOnly {
-		parts = append(parts, part{"api", func(ctx context.Context) error { return n.serveUnits(ctx, listeners) }})
-	} else {
-		parts = append(parts, n.serviceParts(listeners)...)
-	}
-	if err := runAll(ctx, parts...); err != nil {
+	if err := runAll(ctx, n.parts()...); err != nil {
 		return cfg.explainBind(err)
 	}
 	log.Info("node stopped", "node", cfg.Name)
 	return nil
 }
 
-// serviceParts are what of services runs on this node, those that others need
-// first.
-func (n *node) serviceParts(listeners []net.Listener) []part {
-	n.api.Listeners = listeners
-	n.discovery.restore(n.lastGood.load())
-	from := n.feed.Latest()
-	return []part{
-		{"last good catalog", func(ctx context.Context) error { return n.lastGood.run(ctx, n.feed, from) }},
-		{"discovery", n.discovery.run},
-		{"router", n.router.Run},
-		{"dns", n.dns.Run},
-		{"api", n.api.Run},
-		{"propagation", func(ctx context.Context) error { return n.lag.run(ctx, n.router.Applied, n.api.Propagated) }},
-		{"presence", n.presence.Run},
-		{"report", n.report},
+// parts are all that runs, those that others need first: they stop last.
+func (n *node) parts() []part {
+	var parts []part
+	if n.cfg.RunsStore() && n.cfg.Supervise {
+		parts = append(parts, part{"store", n.runStore})
 	}
-}
-
-// serveUnits serves the API of a node without services.
-func (n *node) serveUnits(ctx context.Context, listeners []net.Listener) error {
-	own, err := api.Listen(n.cfg.Socket)
-	if err != nil {
-		return err
+	parts = append(parts, part{"store client", n.client.Run}, part{"schema", n.checkSchema}, part{"state", n.state.Run},
+		part{"presence", n.presence.Run}, part{"registration", n.registration.Run})
+	if n.router != nil {
+		n.discovery.restore(n.lastGood.load())
+		from := n.catalog.Latest()
+		parts = append(parts,
+			part{"last good catalog", func(ctx context.Context) error { return n.lastGood.run(ctx, n.catalog, from) }},
+			part{"discovery", n.discovery.run}, part{"router", n.router.Run}, part{"dns", n.dns.Run}, part{"router report", n.reportRouter},
+			part{"propagation", func(ctx context.Context) error { return n.lag.run(ctx, n.router.Applied, n.api.Propagated) }})
 	}
-	return api.Serve(ctx, api.Routes(n.log, n.fleet.routes()...), n.log, append(listeners, own)...)
+	if n.agent != nil {
+		parts = append(parts, part{"systemd", n.systemd.Run}, part{"units", n.runUnits})
+	}
+	if n.record.Peer != "" {
+		parts = append(parts, part{"answers to other nodes", n.servePeers})
+	}
+	if n.cfg.Engine {
+		parts = append(parts, part{"leadership", func(ctx context.Context) error {
+			return n.state.Lead(ctx, n.record.ID, n.cfg.Name, n.engine.Lead)
+		}})
+	}
+	return append(parts, part{"api", n.api.Run})
 }
 
 // open makes every edge and component; none of them runs yet.
-func (n *node) open() error {
+func (n *node) open() (err error) {
 	secure, err := n.cfg.tls()
 	if err != nil {
 		return err
@@ -143,148 +152,87 @@ func (n *node) open() error {
 	if n.client, err = store.Open(store.Config{Endpoints: endpoints, TLS: secure, Local: local, Logger: n.log}); err != nil {
 		return err
 	}
-	err = n.openFleet()
-	if err == nil && !n.cfg.UnitsOnly {
-		err = n.openComponents()
-	}
-	if err != nil {
+	if err = n.openComponents(); err != nil {
 		return errors.Join(err, n.client.Close())
 	}
 	return nil
 }
 
 func (n *node) openComponents() (err error) {
-	cfg := n.cfg
-	addr, err := netip.ParseAddr(cfg.Address)
+	addr, err := netip.ParseAddr(n.cfg.Address)
 	if err != nil {
 		return err
 	}
-	ops := fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)
-	if n.router, err = router.New(cfg.router(addr, ops), n.feed, n.log); err != nil {
+	if n.record, err = n.cfg.record(n.version, n.started); err != nil {
 		return err
 	}
-	dnsConfig, err := cfg.dns(addr)
-	if err != nil {
-		return err
+	ttl := time.Duration(n.cfg.MachineTTL) * time.Second
+	n.state = state.NewFeed(n.client, state.Keys{Prefix: n.cfg.KeyPrefix}, n.log)
+	n.presence = store.NewPresence(n.client, ttl, n.log)
+	n.registration = state.NewRegistration(n.state, n.presence, n.record, ttl, n.log)
+	n.engine = engine.New(engine.Config{Feed: n.state, Store: n.client, Log: n.log})
+	n.peer = peer.New(addr, func(a netip.Addr) bool { return n.state.Latest().HasAddress(a) })
+	a := api.Config{
+		Node: n.cfg.Name, ID: n.record.ID, Version: n.version, Address: n.cfg.Address, Started: n.started, Socket: n.cfg.Socket,
+		State: n.state, Store: n.client, Log: n.log, StoreStatus: n.storeStatus, Warnings: n.warnings, Engine: n.engine.Stats,
 	}
-	if n.dns, err = dns.New(dnsConfig, n.feed, n.log); err != nil {
-		return err
+	if n.record.Units {
+		n.openUnits(ttl)
+		a.Report, a.Leave = n.agent.Report, n.leave
 	}
-	n.lag = newLag()
-	n.lastGood = &lastGood{dir: cfg.Data, log: n.log}
-	n.discovery = &discovery{
-		reflector: store.NewReflector(n.client, catalog.Prefix, api.ConfirmedKey, n.log),
-		feed:      n.feed, log: n.log, received: n.lag.seen, builder: catalog.NewBuilder(cfg.Policy()),
+	if n.record.Routes {
+		if err := n.openServices(addr, &a); err != nil {
+			return err
+		}
 	}
-	n.presence = store.NewPresence(n.client, time.Duration(cfg.MachineTTL)*time.Second, n.log)
-	n.api = api.New(api.Config{
-		Node: cfg.Name, Version: n.version, Address: cfg.Address, Domain: strings.Trim(cfg.DNSDomain, "."), Started: n.started,
-		Ports:  api.Ports{HTTP: cfg.HTTPPort, HTTPS: cfg.HTTPSPort, SNI: cfg.TLSPassthroughPort},
-		Socket: cfg.Socket, OpsSocket: ops, Policy: cfg.Policy(), Feed: n.feed, Store: n.client, Router: n.router,
-		DNS: n.dns.Stats, StoreState: n.discovery.state, Problems: func() int { return int(n.discovery.problems.Load()) },
-		Warnings: n.warnings, AcceptEpoch: n.discovery.reflector.AcceptEpoch,
-		More: n.fleet.routes(), Collectors: []prometheus.Collector{n.fleet.collector()}, Log: n.log,
-	})
+	journals := logs.New(logs.Config{Feed: n.state, Peer: n.peer, Self: n.record.ID, Own: n.ownUnits, Journal: systemd.Journal, Show: systemd.Show})
+	a.Journal, a.UnitStatus = journals.ServeJournal, journals.ServeUnitStatus
+	n.api = api.New(a)
+	n.api.Fleet = fleetapi.New(fleetapi.Config{API: n.api, Registered: n.registered, TokenLimit: n.cfg.TokenLimit, Log: n.log})
 	return nil
 }
 
-// endpoints returns where the store is reached and which of them is this node's
-// own, "" if it has none.
-func (c *settings) endpoints() (all []string, local string) {
-	if !c.RunsStore() {
-		return c.EtcdEndpoints, ""
+func (n *node) openServices(addr netip.Addr, a *api.Config) (err error) {
+	cfg := n.cfg
+	a.OpsSocket = fmt.Sprintf("@flotilla/%s:%d", cfg.Address, cfg.BalancerPort)
+	n.catalog, n.lag = catalog.NewFeed(), newLag()
+	if n.router, err = router.New(cfg.router(addr, a.OpsSocket), n.catalog, n.log); err != nil {
+		return err
 	}
-	addr, _ := netip.ParseAddr(c.Address) // Validate has parsed it
-	local = "http://" + netip.AddrPortFrom(addr, uint16(c.StoreClientPort)).String()
-	all = append(all, local)
-	for _, j := range c.Join {
-		if e, err := nodeconfig.JoinEndpoint(j, c.StoreClientPort); err == nil && e != local {
-			all = append(all, e)
-		}
+	names, err := cfg.dns(addr)
+	if err != nil {
+		return err
 	}
-	return all, local
+	if n.dns, err = dns.New(names, n.catalog, n.log); err != nil {
+		return err
+	}
+	n.lastGood = &lastGood{dir: cfg.Data, log: n.log}
+	n.discovery = &discovery{
+		reflector: store.NewReflector(n.client, catalog.Prefix, n.state.Keys.Confirmed(), n.log),
+		feed:      n.catalog, log: n.log, received: n.lag.seen, builder: catalog.NewBuilder(cfg.Policy()),
+	}
+	a.Catalog, a.Policy, a.Router, a.DNS, a.AcceptEpoch = n.catalog, cfg.Policy(), n.router, n.dns.Stats, n.discovery.reflector.AcceptEpoch
+	a.Domain, a.Ports = strings.Trim(cfg.DNSDomain, "."), api.Ports{HTTP: cfg.HTTPPort, HTTPS: cfg.HTTPSPort, SNI: cfg.TLSPassthroughPort}
+	a.Problems = func() int { return int(n.discovery.problems.Load()) }
+	return nil
 }
 
-// tls returns how to speak to an external etcd, nil for plain connections.
-func (c *settings) tls() (*tls.Config, error) {
-	if c.EtcdCAFile == "" && c.EtcdCertFile == "" {
-		if len(c.EtcdEndpoints) > 0 && strings.HasPrefix(c.EtcdEndpoints[0], "https://") {
-			return &tls.Config{MinVersion: tls.VersionTLS12}, nil // the system's authorities
-		}
-		return nil, nil
+// storeStatus returns how the node stands to the store: its catalog, or its state
+// of the cluster where it has none.
+func (n *node) storeStatus() wire.StoreStatus {
+	if n.discovery != nil {
+		return n.discovery.status()
 	}
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.EtcdCAFile != "" {
-		pem, err := os.ReadFile(c.EtcdCAFile)
-		if err != nil {
-			return nil, fmt.Errorf("--etcd-ca-file: %w", err)
-		}
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("--etcd-ca-file %s holds no certificate", c.EtcdCAFile)
-		}
-	}
-	if c.EtcdCertFile != "" {
-		if _, err := tls.LoadX509KeyPair(c.EtcdCertFile, c.EtcdKeyFile); err != nil {
-			return nil, fmt.Errorf("--etcd-cert-file %s with --etcd-key-file %s: %w", c.EtcdCertFile, c.EtcdKeyFile, err)
-		}
-		// Read again for each handshake, so that a renewed certificate is used.
-		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			pair, err := tls.LoadX509KeyPair(c.EtcdCertFile, c.EtcdKeyFile)
-			return &pair, err
-		}
-	}
-	return t, nil
+	return storeStatus(n.state.Status(), wire.SourceLive)
 }
 
-func (c *settings) router(addr netip.Addr, ops string) router.Config {
-	r := router.Config{
-		Node: c.Name, Address: addr, HTTPPort: c.HTTPPort, HTTPSPort: c.HTTPSPort, BalancerPort: c.BalancerPort,
-		RedirectPort: c.RedirectPort, SNIPort: c.TLSPassthroughPort, Dir: filepath.Join(c.Data, "router"),
-		Certs: c.Certs, OpsSocket: ops, Binary: c.HAProxy, Supervise: c.Supervise, AcceptProxy: c.AcceptProxy,
-		AccessLog: c.AccessLog, HostPorts: c.HostPorts, MaxConnections: c.MaxConnections,
+// servePeers answers other nodes.
+func (n *node) servePeers(ctx context.Context) error {
+	l, err := net.Listen("tcp", n.record.Peer)
+	if err != nil {
+		return fmt.Errorf("--api-port %d: %w", n.cfg.APIPort, err)
 	}
-	for _, v := range c.TrustedProxy {
-		if p, err := nodeconfig.ParsePrefix(v); err == nil { // Validate has parsed it
-			r.TrustedProxies = append(r.TrustedProxies, p)
-		}
-	}
-	return r
-}
-
-// resolvConf is where the machine's own resolvers are listed.
-const resolvConf = "/etc/resolv.conf"
-
-func (c *settings) dns(addr netip.Addr) (dns.Config, error) {
-	d := dns.Config{
-		Listen: []netip.AddrPort{netip.AddrPortFrom(addr, uint16(c.DNSPort))}, Domain: c.DNSDomain,
-		Address: []netip.Addr{addr}, Node: c.Name,
-	}
-	for _, v := range c.DNSListen {
-		a, err := nodeconfig.AddrPort(v, c.DNSPort)
-		if err != nil {
-			return d, fmt.Errorf("--dns-listen %s: %w", v, err)
-		}
-		d.Listen = append(d.Listen, a)
-	}
-	switch {
-	case len(c.DNSUpstream) == 1 && c.DNSUpstream[0] == "none":
-	case len(c.DNSUpstream) == 0:
-		found, err := dns.ResolvConf(resolvConf)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return d, err
-		}
-		d.Upstreams = found
-	default:
-		for _, v := range c.DNSUpstream {
-			a, err := nodeconfig.AddrPort(v, 53)
-			if err != nil {
-				return d, fmt.Errorf("--dns-upstream %s: %w", v, err)
-			}
-			d.Upstreams = append(d.Upstreams, a)
-		}
-	}
-	return d, nil
+	return api.Serve(ctx, http.Handler(n.peer), n.log, l)
 }
 
 // lockData keeps a second node off the data directory until unlock is called,

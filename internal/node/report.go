@@ -8,33 +8,34 @@ import (
 	"sync"
 	"time"
 
-	"flotilla/internal/api"
-	"flotilla/internal/client"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 )
 
-// report keeps this node's record in the store equal to what its router says:
-// at once when the applied revision changes, within 1 s for all else.
-func (n *node) report(ctx context.Context) error {
+// reportRouter keeps this node's report in the store equal to what its router says:
+// at once when the applied revision changes, within 1 s for all else. It also has
+// the router drain while the node's settings say so.
+func (n *node) reportRouter(ctx context.Context) error {
+	key := n.state.Keys.RouterReport(n.record.ID)
+	defer n.presence.Delete(key) // nobody waits for a router that is not driven any more
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	var last string
 	for {
+		s, newer := n.state.Next()
 		_, changed := n.router.Applied()
 		st := n.router.Status()
-		raw, err := json.Marshal(client.NodeRecord{
-			V: schemaVersion, Name: n.cfg.Name, Address: n.cfg.Address, Version: n.version, Started: n.started.UTC().Truncate(time.Second),
-			Applied: st.Applied, Serving: st.Serving, Draining: st.Draining,
-		})
-		if err != nil {
-			return fmt.Errorf("write down the state of the node: %w", err)
+		if own := s.Nodes[n.record.ID]; s.Revision > 0 && st.Draining != (own != nil && own.Settings.Value.Drain) {
+			if err := n.router.SetDraining(!st.Draining); err != nil {
+				n.log.Warn("the node's balancer check cannot be changed", "draining", !st.Draining, "err", err)
+			}
+			st = n.router.Status()
 		}
-		if record := string(raw); record != last {
-			last = record
-			n.presence.Set(api.NodesPrefix+n.cfg.Name, record)
-		}
+		n.presence.Set(key, state.Encode(state.RouterReport{
+			V: state.Version, Applied: st.Applied, Serving: st.Serving, Draining: st.Draining, Refused: st.Refused,
+		}))
 		select {
 		case <-changed:
+		case <-newer:
 		case <-tick.C:
 		case <-ctx.Done():
 			return nil
@@ -61,21 +62,21 @@ func (n *node) checkSchema(ctx context.Context) error {
 // schemaKnown reports whether the store was reached and has a version. Errors
 // are not logged: the store client and the reflector say that it is away.
 func (n *node) schemaKnown(ctx context.Context) bool {
-	kv, found, err := n.client.Get(ctx, SchemaKey)
+	kv, found, err := n.client.Get(ctx, n.state.Keys.Schema())
 	if err != nil {
 		return false
 	}
 	if !found {
-		value := fmt.Sprintf(`{"v":%d}`, schemaVersion)
-		_, err := n.client.Apply(ctx, []store.Op{store.Put(SchemaKey, value)}, store.Missing(SchemaKey))
+		value := fmt.Sprintf(`{"v":%d}`, state.Version)
+		_, err := n.client.Apply(ctx, []store.Op{store.Put(n.state.Keys.Schema(), value)}, store.Missing(n.state.Keys.Schema()))
 		return err == nil // after a conflict the next look finds what the other wrote
 	}
 	var schema struct {
 		V int `json:"v"`
 	}
-	if err := json.Unmarshal([]byte(kv.Value), &schema); err != nil || schema.V > schemaVersion {
-		n.troubles.set("schema", fmt.Sprintf("the store's keys are of version %q and this program knows %d: upgrade this node", kv.Value, schemaVersion))
-		n.log.Error("the store's keys are of another version: upgrade this node", "key", SchemaKey, "value", kv.Value)
+	if err := json.Unmarshal([]byte(kv.Value), &schema); err != nil || schema.V > state.Version {
+		n.troubles.set("schema", fmt.Sprintf("the store's keys are of version %q and this program knows %d: upgrade this node", kv.Value, state.Version))
+		n.log.Error("the store's keys are of another version: upgrade this node", "key", n.state.Keys.Schema(), "value", kv.Value)
 	}
 	return true
 }
@@ -109,11 +110,17 @@ func (n *node) warnings() []string {
 			list = append(list, s)
 		}
 	}
-	if p := n.lastGood.problem.Load(); p != nil {
-		list = append(list, *p)
+	held := n.state.Status()
+	if n.router != nil {
+		if p := n.lastGood.problem.Load(); p != nil {
+			list = append(list, *p)
+		}
+		if h := n.discovery.reflector.Status(); h.Held {
+			held = h
+		}
 	}
-	if h := n.discovery.reflector.Status(); h.Held {
-		list = append(list, strings.TrimSuffix(h.Err, ".")+"; accept it on each node with: flotilla services confirm")
+	if held.Held {
+		list = append(list, strings.TrimSuffix(held.Err, ".")+"; accept it on each node with: flotilla services confirm")
 	}
 	return list
 }

@@ -105,6 +105,8 @@ type Config struct {
 	UnitsDir string `yaml:"units-dir" help:"run-time directory for unit files"`
 	// MachineTTL is how many seconds a machine that is silent counts as there.
 	MachineTTL int `yaml:"machine-ttl" help:"seconds of silence after which this machine counts as dead and its units start elsewhere"`
+	// SingleMachine exempts exclusive units from the fence on a cluster of one machine.
+	SingleMachine bool `yaml:"single-machine" help:"there is no other machine to take over: exclusive units run on while the store is away"`
 	// OnStop is "keep" or "drain": what happens to units when the node is stopped.
 	OnStop string `yaml:"on-stop" help:"what becomes of units when the node is stopped: keep or drain"`
 	// Engine says whether this node may become the leader that places units.
