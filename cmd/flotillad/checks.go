@@ -43,11 +43,7 @@ func checkPorts(_ context.Context, p *patient) []finding {
 	var findings []finding
 	free := 0
 	for _, port := range p.cfg.Ports() {
-		networks := []string{"tcp"}
-		if port.Option == "dns-port" {
-			networks = []string{"udp", "tcp"}
-		}
-		for _, network := range networks {
+		for _, network := range port.Networks() {
 			h, taken := node.PortHolder(network, netip.AddrPortFrom(addr, uint16(port.Number)))
 			own := p.running != nil && p.running.Address == p.cfg.Address && slices.Contains([]string{"flotillad", "fleetd", "haproxy", ""}, h.Program)
 			switch {

@@ -17,8 +17,21 @@ import (
 func WriteFile(path string, data []byte, mode fs.FileMode) error {
 	return Write(path, mode, func(w io.Writer) error {
 		_, err := w.Write(data)
-		return err
+		return named(path, err)
 	})
+}
+
+// named returns err as one about path, and not about the temporary file beside it,
+// whose name is another one each time.
+func named(path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var cause *fs.PathError
+	if errors.As(err, &cause) {
+		err = cause.Err
+	}
+	return fmt.Errorf("write %s: %w", path, err)
 }
 
 // Write replaces the file at path by what fill writes, as WriteFile does. An
@@ -27,7 +40,7 @@ func Write(path string, mode fs.FileMode, fill func(io.Writer) error) (err error
 	dir, name := filepath.Split(filepath.Clean(path))
 	f, err := os.CreateTemp(dir, "."+name[:min(len(name), 200)]+".*") // names end at 255 bytes
 	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
+		return named(path, err)
 	}
 	defer func() {
 		if err != nil {
@@ -39,7 +52,7 @@ func Write(path string, mode fs.FileMode, fill func(io.Writer) error) (err error
 		return err
 	}
 	if err := errors.Join(f.Chmod(mode), f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
+		return named(path, err)
 	}
 	if err := os.Rename(f.Name(), path); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)

@@ -38,10 +38,10 @@ type discovery struct {
 func (d *discovery) restore(s *saved) {
 	source := wire.SourceNone
 	if s != nil {
-		d.publish(d.builder.Restore(s.revision, s.keys))
+		d.publish(d.builder.Restore(s.Revision, s.keys))
 		source = wire.SourceSnapshot
 		d.log.Info("routing from the catalog on disk until the store answers",
-			"revision", s.revision, "services", d.last.Len(), "saved", s.at.Format(time.RFC3339))
+			"revision", s.Revision, "services", d.last.Len(), "saved", s.At.Format(time.RFC3339))
 	}
 	d.source.Store(&source)
 }

@@ -1,14 +1,13 @@
 package node
 
 import (
-	"bufio"
-	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
-	"slices"
+	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,113 +27,71 @@ func (h Holder) String() string {
 	return fmt.Sprintf("%s (pid %d)", h.Program, h.Pid)
 }
 
-// PortHolder returns who listens on addr for "tcp" or "udp", on that address or
-// on all of them. It reads /proc and opens no socket.
+// PortHolder reports whether another socket is in the way of one for "tcp" or "udp"
+// on addr, by trying, and asks ss whose it is.
 func PortHolder(network string, addr netip.AddrPort) (Holder, bool) {
-	inodes := map[string]bool{}
-	for _, file := range []string{"/proc/net/" + network, "/proc/net/" + network + "6"} {
-		socketsOn(file, network == "tcp", addr, inodes)
+	if err := tryPort(network, addr.String()); !errors.Is(err, syscall.EADDRINUSE) {
+		return Holder{}, false // free, or not for this user to open
 	}
-	if len(inodes) == 0 {
-		return Holder{}, false
+	out, err := exec.Command("ss", "--no-header", "--listening", "--numeric", "--processes", "--"+network, fmt.Sprintf("sport = :%d", addr.Port())).Output()
+	if err != nil {
+		return Holder{}, true
 	}
-	links, _ := filepath.Glob("/proc/[0-9]*/fd/*") // the pattern is well formed
-	for _, link := range links {
-		to, err := os.Readlink(link)
-		if err != nil || !strings.HasPrefix(to, "socket:[") {
+	port := fmt.Sprintf(":%d", addr.Port())
+	for line := range strings.Lines(string(out)) {
+		// UNCONN 0 0 127.0.0.53%lo:53 0.0.0.0:* users:(("systemd-resolve",pid=5,fd=12))
+		fields := strings.Fields(line)
+		if len(fields) < 4 {
 			continue
 		}
-		if !inodes[strings.TrimSuffix(strings.TrimPrefix(to, "socket:["), "]")] {
+		local, _, _ := strings.Cut(strings.TrimSuffix(fields[3], port), "%")
+		if local != strings.TrimSuffix(addr.String(), port) && local != "0.0.0.0" && local != "*" && local != "[::]" {
 			continue
 		}
-		process := filepath.Dir(filepath.Dir(link))
-		pid, err := strconv.Atoi(filepath.Base(process))
-		if err != nil {
-			continue
+		if user := regexp.MustCompile(`\("([^"]+)",pid=(\d+)`).FindStringSubmatch(line); user != nil {
+			pid, _ := strconv.Atoi(user[2]) // digits
+			return Holder{pid, user[1]}, true
 		}
-		name, err := os.ReadFile(filepath.Join(process, "comm"))
-		if err != nil {
-			continue // it ended meanwhile
-		}
-		return Holder{pid, strings.TrimSpace(string(name))}, true
 	}
 	return Holder{}, true
 }
 
-// socketsOn adds to inodes the sockets of a /proc/net table that are bound to
-// addr's port on addr's address or on the wildcard address.
-func socketsOn(file string, listeningOnly bool, addr netip.AddrPort, inodes map[string]bool) {
-	f, err := os.Open(file)
+// tryPort opens a port and closes it again.
+func tryPort(network, addr string) error {
+	if network == "udp" {
+		c, err := net.ListenPacket(network, addr)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	}
+	l, err := net.Listen(network, addr)
 	if err != nil {
-		return
+		return err
 	}
-	defer func() { _ = f.Close() }() // only read
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 10 || listeningOnly && fields[3] != "0A" {
-			continue
-		}
-		local, err := kernelAddr(fields[1])
-		if err != nil || local.Port() != addr.Port() {
-			continue
-		}
-		if local.Addr().IsUnspecified() || local.Addr() == addr.Addr().Unmap() {
-			inodes[fields[9]] = true
-		}
-	}
+	return l.Close()
 }
 
-// kernelAddr reads an address of /proc/net/tcp, such as 0100007F:0050: 32-bit
-// words in the machine's (little-endian) order.
-func kernelAddr(s string) (netip.AddrPort, error) {
-	host, port, _ := strings.Cut(s, ":")
-	raw, err := hex.DecodeString(host)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	for word := range slices.Chunk(raw, 4) {
-		slices.Reverse(word)
-	}
-	addr, ok := netip.AddrFromSlice(raw)
-	n, err := strconv.ParseUint(port, 16, 16)
-	if !ok || err != nil {
-		return netip.AddrPort{}, fmt.Errorf("%q is not a socket address", s)
-	}
-	return netip.AddrPortFrom(addr.Unmap(), uint16(n)), nil
-}
-
-// explainBind adds to a listen error which program holds the port; any other
-// error comes back as it is.
+// explainBind adds to a listen error which program has the port; any other error
+// comes back as it is.
 func (c *settings) explainBind(err error) error {
 	if err == nil || !errors.Is(err, syscall.EADDRINUSE) {
 		return err
 	}
-	taken := c.TakenPorts()
-	if len(taken) == 0 {
+	addr, parseErr := netip.ParseAddr(c.Address)
+	if parseErr != nil {
 		return err
-	}
-	return fmt.Errorf("%w: %s", err, strings.Join(taken, "; "))
-}
-
-// TakenPorts returns a sentence for each of the node's ports on which another
-// program listens already.
-func (c *settings) TakenPorts() []string {
-	addr, err := netip.ParseAddr(c.Address)
-	if err != nil {
-		return nil
 	}
 	var taken []string
 	for _, p := range c.Ports() {
-		networks := []string{"tcp"}
-		if p.Option == "dns-port" {
-			networks = append(networks, "udp")
-		}
-		for _, network := range networks {
+		for _, network := range p.Networks() {
 			if h, ok := PortHolder(network, netip.AddrPortFrom(addr, uint16(p.Number))); ok && h.Pid != os.Getpid() {
 				taken = append(taken, fmt.Sprintf("%s port %d of --%s is held by %s", network, p.Number, p.Option, h))
 			}
 		}
 	}
-	return taken
+	if len(taken) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w: %s", err, strings.Join(taken, "; "))
 }

@@ -1,11 +1,10 @@
 package node
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
+	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
@@ -16,31 +15,25 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/durable"
 )
 
 // lastGood keeps the newest catalog on disk, so that a node whose store is away
 // when it boots can route at once. It writes two files in turn, last-good.1 and
-// last-good.2: a write that fails or is torn leaves the other one whole.
+// last-good.2: if the newer one is damaged, the one before is used.
 //
-// A file is the magic line, a header (big-endian: schema uint32, sequence
-// uint64, revision int64, time in Unix nanoseconds int64), the SHA-256 of the
-// header and all that follows, the cluster id and the records up to the end of
-// the file; a text is a uvarint length and its bytes.
+// A file is a line that names its form, a savedHead and the keys as gob, which keeps
+// values that are not UTF-8, and the SHA-256 of all that.
 type lastGood struct {
-	dir     string
-	cluster string // "" while it is not known
-	log     *slog.Logger
+	dir string
+	log *slog.Logger
 
 	sequence uint64                 // of the newest file; its parity says which file that is
 	problem  atomic.Pointer[string] // why the newest catalog is not on disk; nil: it is, or will be soon
 }
 
 const (
-	lastGoodMagic  = "flotilla last good catalog\n"
-	lastGoodSchema = 1
-	lastGoodHeader = 4 + 8 + 8 + 8
-	// A text longer than this in a file means that the file is damaged.
-	lastGoodText = 1 << 20
+	lastGoodForm = "flotilla last good catalog, form 2\n"
 
 	lastGoodEvery = 5 * time.Second
 	lastGoodShare = 50 // writing takes at most one part in so many of the time
@@ -48,11 +41,14 @@ const (
 
 // saved is one catalog as it is in a file.
 type saved struct {
-	sequence uint64
-	revision int64
-	at       time.Time
-	cluster  string
-	keys     []catalog.SavedKey
+	savedHead
+	keys []catalog.SavedKey
+}
+
+type savedHead struct {
+	Sequence uint64
+	Revision int64
+	At       time.Time
 }
 
 func (l *lastGood) path(sequence uint64) string {
@@ -73,17 +69,17 @@ func (l *lastGood) load() *saved {
 			l.log.Warn("a last good catalog is damaged and is not used", "path", path, "err", err)
 			continue
 		}
-		if newest == nil || s.sequence > newest.sequence {
+		if newest == nil || s.Sequence > newest.Sequence {
 			newest = s
 		}
 	}
 	if newest != nil {
-		l.sequence, l.cluster = newest.sequence, newest.cluster
+		l.sequence = newest.Sequence
 	}
 	return newest
 }
 
-// run writes each snapshot of feed that is newer than from, at most every 2 s
+// run writes each snapshot of feed that is newer than from, at most every 5 s
 // and for at most 2 % of the time. A failed write is logged once, kept as the
 // problem, and tried again with the next snapshot or after 30 s.
 func (l *lastGood) run(ctx context.Context, feed *catalog.Feed, from *catalog.Snapshot) error {
@@ -132,163 +128,55 @@ func (l *lastGood) write(s *catalog.Snapshot) bool {
 	return false
 }
 
-func (l *lastGood) save(s *catalog.Snapshot, now time.Time) (err error) {
-	path := l.path(l.sequence + 1)
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
+func (l *lastGood) save(s *catalog.Snapshot, now time.Time) error {
+	var content bytes.Buffer
+	content.WriteString(lastGoodForm)
+	out := gob.NewEncoder(&content)
+	next := savedHead{l.sequence + 1, s.Revision, now}
+	err := out.Encode(next)
+	for k := range s.Saved() {
+		err = errors.Join(err, out.Encode(k))
+	}
 	if err != nil {
 		return fmt.Errorf("save the catalog: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("save the catalog: %w", errors.Join(err, os.Remove(tmp)))
-		}
-	}()
-	if err := errors.Join(l.encode(f, s, now), f.Sync(), f.Close()); err != nil {
-		return err
+	sum := sha256.Sum256(content.Bytes())
+	content.Write(sum[:])
+	if err := durable.WriteFile(l.path(next.Sequence), content.Bytes(), 0o600); err != nil {
+		return fmt.Errorf("save the catalog: %w", err)
 	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	l.sequence++
-	dir, err := os.Open(l.dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
-}
-
-func (l *lastGood) encode(f *os.File, s *catalog.Snapshot, now time.Time) error {
-	header := binary.BigEndian.AppendUint32(nil, lastGoodSchema)
-	header = binary.BigEndian.AppendUint64(header, l.sequence+1)
-	header = binary.BigEndian.AppendUint64(header, uint64(s.Revision))
-	header = binary.BigEndian.AppendUint64(header, uint64(now.UnixNano()))
-
-	sum := sha256.New()
-	sum.Write(header)
-	buf := bufio.NewWriterSize(io.MultiWriter(f, sum), 64<<10)
-	if _, err := f.Write(append(append([]byte(lastGoodMagic), header...), make([]byte, sha256.Size)...)); err != nil {
-		return err
-	}
-	var scratch []byte
-	text := func(s string) { scratch = append(binary.AppendUvarint(scratch, uint64(len(s))), s...) }
-	text(l.cluster)
-	for k := range s.Saved() {
-		text(k.Key)
-		text(k.Value)
-		text(k.Good)
-		good := byte(0)
-		if k.HasGood {
-			good = 1
-		}
-		scratch = append(scratch, good)
-		scratch = binary.AppendUvarint(scratch, uint64(k.CreateRevision))
-		scratch = binary.AppendUvarint(scratch, uint64(k.ModRevision))
-		if _, err := buf.Write(scratch); err != nil {
-			return err
-		}
-		scratch = scratch[:0]
-	}
-	if _, err := buf.Write(scratch); err != nil {
-		return err
-	}
-	if err := buf.Flush(); err != nil {
-		return err
-	}
-	_, err := f.WriteAt(sum.Sum(nil), int64(len(lastGoodMagic)+lastGoodHeader))
-	return err
+	l.sequence = next.Sequence
+	return nil
 }
 
 // readLastGood returns the catalog of one file, or an error that says how the
 // file is damaged.
 func readLastGood(path string) (*saved, error) {
-	f, err := os.Open(path)
+	raw, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = f.Close() }() // only read
-	head := make([]byte, len(lastGoodMagic)+lastGoodHeader+sha256.Size)
-	if _, err := io.ReadFull(f, head); err != nil {
-		return nil, errors.New("shorter than its header")
+	rest, ours := bytes.CutPrefix(raw, []byte(lastGoodForm))
+	if !ours || len(rest) < sha256.Size {
+		return nil, errors.New("not a saved catalog of this version of the program")
 	}
-	header, ok := bytes.CutPrefix(head, []byte(lastGoodMagic))
-	if !ok {
-		return nil, errors.New("not a saved catalog")
-	}
-	header, want := header[:lastGoodHeader], header[lastGoodHeader:]
-	if schema := binary.BigEndian.Uint32(header); schema != lastGoodSchema {
-		return nil, fmt.Errorf("written in form %d by another version of this program", schema)
-	}
-	s := &saved{
-		sequence: binary.BigEndian.Uint64(header[4:]),
-		revision: int64(binary.BigEndian.Uint64(header[12:])),
-		at:       time.Unix(0, int64(binary.BigEndian.Uint64(header[20:]))),
-	}
-	sum := sha256.New()
-	sum.Write(header)
-	r := &recordReader{r: bufio.NewReaderSize(io.TeeReader(f, sum), 64<<10)}
-	s.cluster = r.text()
-	for r.more() {
-		s.keys = append(s.keys, catalog.SavedKey{Key: r.text(), Value: r.text(), Good: r.text(), HasGood: r.byte() == 1,
-			CreateRevision: int64(r.uvarint()), ModRevision: int64(r.uvarint())})
-	}
-	if r.err != nil {
-		return nil, r.err
-	}
-	if !bytes.Equal(sum.Sum(nil), want) {
+	end := len(raw) - sha256.Size
+	if sum := sha256.Sum256(raw[:end]); !bytes.Equal(sum[:], raw[end:]) {
 		return nil, errors.New("the checksum does not match")
 	}
-	return s, nil
-}
-
-// recordReader reads the parts of a record; after an error it returns zeros.
-type recordReader struct {
-	r   *bufio.Reader
-	err error
-}
-
-// more reports whether another record begins.
-func (r *recordReader) more() bool {
-	if r.err != nil {
-		return false
+	in := gob.NewDecoder(bytes.NewReader(raw[len(lastGoodForm):end]))
+	s := new(saved)
+	if err := in.Decode(&s.savedHead); err != nil {
+		return nil, fmt.Errorf("decode the head: %w", err)
 	}
-	_, err := r.r.Peek(1)
-	return err == nil
-}
-
-func (r *recordReader) uvarint() uint64 {
-	if r.err != nil {
-		return 0
+	for {
+		var k catalog.SavedKey
+		switch err := in.Decode(&k); {
+		case errors.Is(err, io.EOF):
+			return s, nil
+		case err != nil:
+			return nil, fmt.Errorf("decode key %d: %w", len(s.keys)+1, err)
+		}
+		s.keys = append(s.keys, k)
 	}
-	n, err := binary.ReadUvarint(r.r)
-	if err != nil {
-		r.err = errors.New("ends in the middle of a record")
-	}
-	return n
-}
-
-func (r *recordReader) byte() byte {
-	if r.err != nil {
-		return 0
-	}
-	b, err := r.r.ReadByte()
-	if err != nil {
-		r.err = errors.New("ends in the middle of a record")
-	}
-	return b
-}
-
-func (r *recordReader) text() string {
-	n := r.uvarint()
-	if r.err == nil && n > lastGoodText {
-		r.err = errors.New("holds a text that is too long")
-	}
-	if r.err != nil {
-		return ""
-	}
-	raw := make([]byte, n)
-	if _, err := io.ReadFull(r.r, raw); err != nil {
-		r.err = errors.New("ends in the middle of a record")
-	}
-	return string(raw)
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -30,7 +31,7 @@ func services(n int, revision int64) *catalog.Snapshot {
 }
 
 func restored(s *saved) *catalog.Snapshot {
-	return catalog.NewBuilder(catalog.Policy{}).Restore(s.revision, s.keys)
+	return catalog.NewBuilder(catalog.Policy{}).Restore(s.Revision, s.keys)
 }
 
 func newLastGood(dir string) *lastGood {
@@ -53,7 +54,7 @@ func TestLastGoodRoundTrip(t *testing.T) {
 	for revision := int64(10); revision < 15; revision++ {
 		mustSave(t, l, services(int(revision), revision))
 		s := newLastGood(dir).load()
-		if s == nil || s.revision != revision {
+		if s == nil || s.Revision != revision {
 			t.Fatalf("saved revision %d, loaded %v", revision, s)
 		}
 		if diff := cmp.Diff(services(int(revision), revision).Sorted(), restored(s).Sorted(), cmp.Comparer(func(a, b catalog.Endpoint) bool { return a == b })); diff != "" {
@@ -73,10 +74,14 @@ func TestLastGoodKeepsGoodValues(t *testing.T) {
 		return catalog.KeyValue{Key: "/services/web/" + name, Value: value, CreateRevision: 1, ModRevision: revision}
 	}
 	b.Apply(catalog.Batch{Revision: 1, Keys: []catalog.KeyValue{key("scheme", "http", 1), key("hosts/1", "10.0.0.1:80", 1)}})
-	s := b.Apply(catalog.Batch{Revision: 2, Keys: []catalog.KeyValue{key("hosts/1", "nonsense\n\x00", 2)}})
+	s := b.Apply(catalog.Batch{Revision: 2, Keys: []catalog.KeyValue{key("hosts/1", "nonsense\n\x00\xff", 2)}})
 	dir := t.TempDir()
 	mustSave(t, newLastGood(dir), s)
-	web := restored(newLastGood(dir).load()).Service("web")
+	loaded := newLastGood(dir).load()
+	if diff := cmp.Diff(slices.Collect(s.Saved()), loaded.keys); diff != "" {
+		t.Error(diff)
+	}
+	web := restored(loaded).Service("web")
 	if len(web.Endpoints) != 1 || len(web.Problems) != 1 {
 		t.Errorf("endpoints %v, problems %v", web.Endpoints, web.Problems)
 	}
@@ -85,13 +90,13 @@ func TestLastGoodKeepsGoodValues(t *testing.T) {
 func TestLastGoodDamaged(t *testing.T) {
 	for name, damage := range map[string]func(raw []byte) []byte{
 		"flipped bit":   func(raw []byte) []byte { raw[len(raw)/2] ^= 1; return raw },
-		"flipped head":  func(raw []byte) []byte { raw[len(lastGoodMagic)+12] ^= 1; return raw },
+		"flipped head":  func(raw []byte) []byte { raw[len(lastGoodForm)+12] ^= 1; return raw },
 		"torn":          func(raw []byte) []byte { return raw[:len(raw)*2/3] },
 		"torn header":   func(raw []byte) []byte { return raw[:20] },
 		"empty":         func([]byte) []byte { return nil },
 		"longer":        func(raw []byte) []byte { return append(raw, 0) },
 		"other file":    func([]byte) []byte { return []byte(strings.Repeat("name: web\n", 100)) },
-		"other version": func(raw []byte) []byte { raw[len(lastGoodMagic)+3] = 9; return raw },
+		"other version": func(raw []byte) []byte { raw[len(lastGoodForm)-2] = '9'; return raw },
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -107,12 +112,12 @@ func TestLastGoodDamaged(t *testing.T) {
 				t.Fatal(err)
 			}
 			again := newLastGood(dir)
-			if s := again.load(); s == nil || s.revision != 1 {
+			if s := again.load(); s == nil || s.Revision != 1 {
 				t.Fatalf("loaded %v, want the generation before", s)
 			}
 			// The next write replaces the damaged file, not the good one.
 			mustSave(t, again, services(30, 3))
-			if s := newLastGood(dir).load(); s == nil || s.revision != 3 {
+			if s := newLastGood(dir).load(); s == nil || s.Revision != 3 {
 				t.Errorf("loaded %v after the repair", s)
 			}
 			if _, err := readLastGood(newest); err != nil {
@@ -164,7 +169,7 @@ func TestLastGoodDiskFull(t *testing.T) {
 	if p := l.problem.Load(); p == nil || !strings.Contains(*p, "no space left") {
 		t.Errorf("problem %v", p)
 	}
-	if s := newLastGood(dir).load(); s == nil || s.revision != 1 {
+	if s := newLastGood(dir).load(); s == nil || s.Revision != 1 {
 		t.Errorf("loaded %v, want the one from before", s)
 	}
 	mustSave(t, l, services(100, 3))
@@ -173,7 +178,7 @@ func TestLastGoodDiskFull(t *testing.T) {
 	}
 }
 
-// However fast the catalog changes, a file is written at most every 2 s, and
+// However fast the catalog changes, a file is written at most every 5 s, and
 // the last one when the node stops.
 func TestLastGoodPace(t *testing.T) {
 	dir := t.TempDir()
@@ -195,7 +200,7 @@ func TestLastGoodPace(t *testing.T) {
 			t.Errorf("%d files written in 10 s and at the stop", l.sequence)
 		}
 	})
-	if s := newLastGood(dir).load(); s == nil || s.revision != 100 {
+	if s := newLastGood(dir).load(); s == nil || s.Revision != 100 {
 		t.Errorf("loaded %v after the stop", s)
 	}
 }

@@ -284,6 +284,14 @@ type Port struct {
 	What   string // what listens there
 }
 
+// Networks are those that the port is opened on.
+func (p Port) Networks() []string {
+	if p.Option == "dns-port" {
+		return []string{"udp", "tcp"}
+	}
+	return []string{"tcp"}
+}
+
 // Ports lists the ports that the node's own processes will listen on.
 func (c *Config) Ports() []Port {
 	var list []Port
