@@ -177,7 +177,7 @@ func pure(pkg, base string) bool {
 	case "unit":
 		return true
 	case "state":
-		return base != "feed.go"
+		return base != "feed.go" && base != "registration.go"
 	}
 	return base == "plan.go"
 }
