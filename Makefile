@@ -24,8 +24,8 @@ cluster: deps ## tests on whole clusters of such containers; needs root
 	go test -tags cluster -timeout 45m -run '$(or $(RUN),.)' -skip '$(SLOW)' ./test/units
 
 # Failures that take minutes each: a minute without a store, partitions, reboots.
-SLOW := ^Test(Partition|StoreAway|StoreAwayPartition|Reboot|ManyGone|ManyUnits|Killed)$$
-faults: deps ## those of the tests on whole clusters that take long, 10 minutes; not part of make test
+SLOW := ^Test(Partition|StoreAway|Reboot|ManyGone|ManyUnits|Killed)$$
+faults: deps ## those of the tests on whole clusters that take long, 10 minutes; continuous integration runs it after make test
 	go test -tags cluster -p 1 -timeout 45m -run '$(SLOW)' ./test/units
 
 race: haproxies fleetctl ## the tests under the race detector

@@ -19,7 +19,7 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/client"
+	"flotilla/internal/wire"
 	"flotilla/internal/store/storetest"
 )
 
@@ -106,7 +106,7 @@ func kill(t *testing.T, pid int, s syscall.Signal) {
 	}
 }
 
-func (n *node) status() (client.NodeStatus, error) {
+func (n *node) status() (wire.Status, error) {
 	over := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -114,7 +114,7 @@ func (n *node) status() (client.NodeStatus, error) {
 			return d.DialContext(ctx, "unix", filepath.Join(n.data, "node.sock"))
 		},
 	}}
-	var s client.NodeStatus
+	var s wire.Status
 	resp, err := over.Get("http://node/v1/status")
 	if err != nil {
 		return s, err
@@ -124,7 +124,7 @@ func (n *node) status() (client.NodeStatus, error) {
 }
 
 // until waits for a state of the node.
-func (n *node) until(what string, ok func(client.NodeStatus) bool) {
+func (n *node) until(what string, ok func(wire.Status) bool) {
 	n.t.Helper()
 	wait(n.t, n.name+" "+what, func() string {
 		s, err := n.status()
@@ -146,7 +146,7 @@ func wait(t *testing.T, what string, f func() string) {
 	t.Fatalf("%s: not in time: %s", what, why)
 }
 
-func live(s client.NodeStatus) bool { return s.Store.Live && s.Router.Serving }
+func live(s wire.Status) bool { return s.Store.Live && s.Router.Serving }
 
 // get asks the node for a service and returns the first word of the answer, or
 // the status.

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/client"
+	"flotilla/internal/wire"
 	"flotilla/internal/store/storetest"
 )
 
@@ -123,7 +123,7 @@ func TestFaults(t *testing.T) {
 			pids = append(pids, n.pid(storePid))
 			kill(t, pids[len(pids)-1], syscall.SIGSTOP)
 		}
-		stale := func(s client.NodeStatus) bool { return !s.Store.Live && s.Router.Serving }
+		stale := func(s wire.Status) bool { return !s.Store.Live && s.Router.Serving }
 		for _, n := range nodes {
 			n.until("says stale", stale)
 			if ready, fresh := n.ops("/readyz"), n.ops("/freshz"); ready != 200 || fresh != 503 {

@@ -99,8 +99,8 @@ func TestManyGone(t *testing.T) {
 		}
 		return false
 	})
-	if told := c.run("", "machines", "list"); !strings.Contains(told.err, "flotilla failover allow") {
-		t.Errorf("machines list does not say that units are held: %s", told.err)
+	if told := c.run("", "nodes", "list"); !strings.Contains(told.err, "flotilla failover allow") {
+		t.Errorf("nodes list does not say that units are held: %s", told.err)
 	}
 	c.ok(t, "failover", "allow")
 	c.within(t, time.Minute, "the units to be elsewhere", func() bool {

@@ -40,8 +40,8 @@ func TestConflictOneWay(t *testing.T) {
 	c := usual(t)
 	id := c.nodes[0].MachineID
 	pin := "MachineMetadata=only=here"
-	c.ok(t, "machines", "metadata", "set", c.nodes[0].Name, "only=here")
-	t.Cleanup(func() { c.ok(t, "machines", "metadata", "remove", c.nodes[0].Name, "only") })
+	c.ok(t, "nodes", "metadata", "set", c.nodes[0].Name, "only=here")
+	t.Cleanup(func() { c.ok(t, "nodes", "metadata", "remove", c.nodes[0].Name, "only") })
 	c.ok(t, "start", unit(t, "first.service", "[X-Fleet]", "Conflicts=second.service", pin))
 	c.ok(t, "start", "--no-block", unit(t, "second.service", "[X-Fleet]", pin))
 	c.waitFor(t, "the reason why the second is nowhere", func() bool {
@@ -92,8 +92,8 @@ func TestMachineOf(t *testing.T) {
 		t.Fatalf("pairs are not together: %v", where)
 	}
 	from := c.node(t, where["ping.0.service"])
-	c.ok(t, "machines", "drain", from.Name)
-	t.Cleanup(func() { c.ok(t, "machines", "uncordon", from.Name) })
+	c.ok(t, "nodes", "drain", from.Name)
+	t.Cleanup(func() { c.ok(t, "nodes", "uncordon", from.Name) })
 	c.waitFor(t, "the pairs to be together elsewhere", func() bool {
 		return paired() && !slices.Contains(slices.Collect(maps.Values(where)), from.MachineID)
 	})
@@ -107,8 +107,8 @@ func TestReplaces(t *testing.T) {
 	c.ok(t, "start", unit(t, "other.1.service"), unit(t, "other.2.service"), unit(t, "other.3.service"), unit(t, "other.4.service"))
 	was := c.waitActive(t, 5)["old.service"]
 	c.ok(t, "start", unit(t, "new.service", "[X-Fleet]", "Replaces=old.service", "MachineMetadata=any=thing"), "--no-block")
-	c.ok(t, "machines", "metadata", "set", c.node(t, was).Name, "any=thing")
-	t.Cleanup(func() { c.ok(t, "machines", "metadata", "remove", c.node(t, was).Name, "any") })
+	c.ok(t, "nodes", "metadata", "set", c.node(t, was).Name, "any=thing")
+	t.Cleanup(func() { c.ok(t, "nodes", "metadata", "remove", c.node(t, was).Name, "any") })
 	c.waitFor(t, "new.service to take the place of old.service", func() bool {
 		where := c.active(t)
 		return where["new.service"] == was && where["old.service"] != "" && where["old.service"] != was
@@ -121,8 +121,8 @@ func TestReplacesEachOther(t *testing.T) {
 	c.ok(t, "start", "--no-block",
 		unit(t, "left.service", "[X-Fleet]", "Replaces=right.service", "MachineMetadata=disk=ssd"),
 		unit(t, "right.service", "[X-Fleet]", "Replaces=left.service", "MachineMetadata=disk=ssd"))
-	c.ok(t, "machines", "metadata", "set", c.nodes[1].Name, "disk=ssd")
-	t.Cleanup(func() { c.ok(t, "machines", "metadata", "remove", c.nodes[1].Name, "disk") })
+	c.ok(t, "nodes", "metadata", "set", c.nodes[1].Name, "disk=ssd")
+	t.Cleanup(func() { c.ok(t, "nodes", "metadata", "remove", c.nodes[1].Name, "disk") })
 	c.waitActive(t, 1)
 	launched := 0
 	for _, u := range c.unitFiles(t) {
@@ -186,11 +186,11 @@ func TestGlobalConflict(t *testing.T) {
 func TestTemplateMetadata(t *testing.T) {
 	c := usual(t)
 	for _, n := range c.nodes {
-		c.ok(t, "machines", "metadata", "set", n.Name, "hostname="+n.Name)
+		c.ok(t, "nodes", "metadata", "set", n.Name, "hostname="+n.Name)
 	}
 	t.Cleanup(func() {
 		for _, n := range c.nodes {
-			c.ok(t, "machines", "metadata", "remove", n.Name, "hostname")
+			c.ok(t, "nodes", "metadata", "remove", n.Name, "hostname")
 		}
 	})
 	c.ok(t, "submit", unit(t, "metadata@.service", "[X-Fleet]", "MachineMetadata=hostname=%i"))
@@ -217,7 +217,7 @@ func TestLeave(t *testing.T) {
 	c.ok(t, "start", unit(t, "a.service"), unit(t, "b.service"), unit(t, "c.service"))
 	c.ok(t, "start", unit(t, "everywhere.service", "[X-Fleet]", "Global=true"))
 	leaves := c.node(t, c.waitActive(t, 6)["a.service"])
-	c.on(t, leaves.Name, "flotilla machines leave")
+	c.on(t, leaves.Name, "flotilla nodes leave")
 	t.Cleanup(func() { c.on(t, leaves.Name, "systemctl restart flotilla-node") })
 	if out := c.on(t, leaves.Name, "systemctl list-units --no-legend a.service b.service c.service everywhere.service"); out != "" {
 		t.Errorf("units are left on the machine:\n%s", out)
