@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,13 +17,17 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"flotilla/internal/api"
 	"flotilla/internal/fleetapi"
 	"flotilla/internal/logs"
-	"flotilla/internal/registry"
+	"flotilla/internal/peer"
 	"flotilla/internal/remote/sshdtest"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/systemd"
+	"flotilla/internal/unit"
+	"flotilla/internal/wire"
 )
 
 // TestSSHScripts runs testdata/ssh/*.txtar: what goes through ssh, and journals.
@@ -66,7 +71,7 @@ func setSSH(t *testing.T, env *testscript.Env, endpoint string) error {
 	if err != nil {
 		return err
 	}
-	keys := registry.Keys{Prefix: "/" + filepath.Base(dir) + "/"}
+	keys := state.Keys{Prefix: "/" + filepath.Base(dir) + "/"}
 	put := func(key, value string) {
 		if err == nil {
 			_, err = client.Apply(context.Background(), []store.Op{store.Put(key, value)})
@@ -74,37 +79,38 @@ func setSSH(t *testing.T, env *testscript.Env, endpoint string) error {
 	}
 	text := "[Service]\nExecStart=/bin/true\n"
 	for i, address := range []string{entry.Host, machine.Host} {
-		m := registry.Machine{V: registry.Version, ID: machineIDs[i], Node: fmt.Sprintf("n%d", i+1), Address: address, Units: true}
-		put(keys.Machine(m.ID), registry.Encode(m))
+		n := state.NodeRecord{V: state.Version, ID: machineIDs[i], Name: fmt.Sprintf("n%d", i+1), Address: address, Units: true}
+		put(keys.Node(n.ID), state.Encode(n))
 	}
 	for name, id := range map[string]string{"web@1.service": machineIDs[0], "hello.service": machineIDs[1]} {
-		put(keys.Unit(name), registry.Encode(registry.Unit{V: 1, Text: text, Desired: registry.Launched}))
-		put(keys.Placement(name), registry.Encode(registry.Placement{V: 1, Machine: id, Reason: "fewest units"}))
+		put(keys.Unit(name), state.Encode(state.UnitRecord{V: 1, Text: text, Desired: unit.Launched}))
+		put(keys.Placement(name), state.Encode(state.Placement{V: 1, Node: id, Reason: "fewest units"}))
 	}
-	put(keys.Unit("stuck.service"), registry.Encode(registry.Unit{V: 1, Text: text, Desired: registry.Launched}))
-	put(keys.Unplaced("stuck.service"), registry.Encode(registry.Unplaced{V: 1, Reason: "2 machines: 2 have no disk=ssd"}))
+	put(keys.Unit("stuck.service"), state.Encode(state.UnitRecord{V: 1, Text: text, Desired: unit.Launched}))
+	put(keys.Unplaced("stuck.service"), state.Encode(state.Unplaced{V: 1, Reason: "2 nodes: 2 have no disk=ssd"}))
 	if err != nil {
 		return err
 	}
 
-	self := func() string { return machineIDs[0] }
-	h := fleetapi.New(fleetapi.Config{Store: client, Keys: keys, Self: self, Version: "1.2.3", Log: slog.New(slog.DiscardHandler)})
-	l := logs.New(logs.Config{Store: client, Keys: keys, Self: self, Own: func() []string { return []string{"web@1.service"} }, Journal: playedJournal,
+	log := slog.New(slog.DiscardHandler)
+	feed := state.NewFeed(client, keys, log)
+	l := logs.New(logs.Config{Feed: feed, Peer: peer.New(netip.Addr{}, func(netip.Addr) bool { return false }), Self: machineIDs[0],
+		Own: func() []string { return []string{"web@1.service"} }, Journal: playedJournal,
 		Show: func(_ context.Context, unit string) (string, int, error) {
 			return "● " + unit + "\n     Active: inactive (dead)\n", 3, nil
-		}, Log: slog.New(slog.DiscardHandler)})
-	mux := http.NewServeMux()
-	h.Register(mux)
-	l.Register(mux)
+		}})
+	a := api.New(api.Config{Node: "n1", ID: machineIDs[0], Version: "1.2.3", State: feed, Store: client, Log: log,
+		StoreStatus: func() wire.StoreStatus { return wire.StoreStatus{Live: true} }, Journal: l.ServeJournal, UnitStatus: l.ServeUnitStatus})
+	a.Fleet = fleetapi.New(fleetapi.Config{API: a, Log: log})
 	socket := filepath.Join(dir, "node.sock")
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: mux}
+	server := &http.Server{Handler: a.Handler()}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Go(func() { _ = l.Run(ctx) })
+	running.Go(func() { _ = feed.Run(ctx) })
 	running.Go(func() { _ = server.Serve(listener) })
 	env.Defer(func() {
 		cancel()

@@ -20,12 +20,14 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"flotilla/internal/api"
 	"flotilla/internal/cli"
 	"flotilla/internal/fleetapi"
-	"flotilla/internal/registry"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/unit"
+	"flotilla/internal/wire"
 )
 
 // TestUnitScripts runs testdata/units/*.txtar against the API of units on a real
@@ -44,15 +46,16 @@ func TestUnitScripts(t *testing.T) {
 	})
 }
 
-// machineIDs are those of the played machines.
+// machineIDs are those of the played nodes.
 var machineIDs = []string{"a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4", "b1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4", "b9b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4"}
 
-// stage plays the engine and three machines on a store: units are placed where
+// stage plays the engine and three nodes on a store: units are placed where
 // there are fewest, and do what their text says: "slow" never gets beyond
 // activating, "fail" fails, "once" ends.
 type stage struct {
 	store    *store.Client
-	keys     registry.Keys
+	feed     *state.Feed // runs while play does
+	keys     state.Keys
 	restarts map[string]int64
 }
 
@@ -61,7 +64,7 @@ func setStage(env *testscript.Env, endpoint string) error {
 	if err != nil {
 		return err
 	}
-	s, mux, err := newStage(dir, endpoint)
+	s, handler, err := newStage(dir, endpoint)
 	if err != nil {
 		return err
 	}
@@ -71,13 +74,13 @@ func setStage(env *testscript.Env, endpoint string) error {
 	if err != nil {
 		return err
 	}
-	server := httptest.NewUnstartedServer(mux)
+	server := httptest.NewUnstartedServer(handler)
 	if err := server.Listener.Close(); err != nil {
 		return err
 	}
 	server.Listener = l
 	server.Start()
-	tcp := httptest.NewServer(mux)
+	tcp := httptest.NewServer(handler)
 
 	for i, id := range machineIDs {
 		env.Setenv(fmt.Sprintf("M%d", i+1), id)
@@ -106,30 +109,32 @@ func setStage(env *testscript.Env, endpoint string) error {
 }
 
 // newStage returns a stage of its own on the store, and the API on it.
-func newStage(dir, endpoint string) (*stage, *http.ServeMux, error) {
-	client, err := store.Open(store.Config{Endpoints: []string{endpoint}, Logger: slog.New(slog.DiscardHandler)})
+func newStage(dir, endpoint string) (*stage, http.Handler, error) {
+	log := slog.New(slog.DiscardHandler)
+	client, err := store.Open(store.Config{Endpoints: []string{endpoint}, Logger: log})
 	if err != nil {
 		return nil, nil, err
 	}
-	s := &stage{client, registry.Keys{Prefix: "/" + filepath.Base(dir) + "/"}, map[string]int64{}}
+	keys := state.Keys{Prefix: "/" + filepath.Base(dir) + "/"}
+	s := &stage{client, state.NewFeed(client, keys, log), keys, map[string]int64{}}
 	for i, id := range machineIDs {
-		m := registry.Machine{V: registry.Version, ID: id, Node: fmt.Sprintf("n%d", i+1), Address: fmt.Sprintf("10.0.0.%d", i+1),
+		n := state.NodeRecord{V: state.Version, ID: id, Name: fmt.Sprintf("n%d", i+1), Address: fmt.Sprintf("10.0.0.%d", i+1),
 			Units: true, Metadata: map[string]string{"zone": string(rune('a' + i))}}
-		if _, err := client.Apply(context.Background(), []store.Op{store.Put(s.keys.Machine(id), registry.Encode(m))}); err != nil {
+		if _, err := client.Apply(context.Background(), []store.Op{store.Put(s.keys.Node(id), state.Encode(n))}); err != nil {
 			return nil, nil, err
 		}
 	}
-	h := fleetapi.New(fleetapi.Config{Store: client, Keys: s.keys, Self: func() string { return machineIDs[0] }, Version: "1.2.3", Log: slog.New(slog.DiscardHandler),
+	server := api.New(api.Config{Node: "n1", ID: machineIDs[0], Version: "1.2.3", State: s.feed, Store: client, Log: log,
+		StoreStatus: func() wire.StoreStatus { return wire.StoreStatus{Live: true} }})
+	server.Fleet = fleetapi.New(fleetapi.Config{API: server, Log: log,
 		Registered: func() bool { _, err := os.Stat(filepath.Join(dir, "unregistered")); return err != nil }})
-	mux := http.NewServeMux()
-	h.Register(mux)
-	return s, mux, nil
+	return s, server.Handler(), nil
 }
 
 // Five hundred units cost a handful of requests, not thousands.
 func TestManyUnits(t *testing.T) {
 	dir := t.TempDir()
-	s, mux, err := newStage(dir, storetest.Start(t))
+	s, handler, err := newStage(dir, storetest.Start(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +146,7 @@ func TestManyUnits(t *testing.T) {
 		} else {
 			gets.Add(1)
 		}
-		mux.ServeHTTP(w, r)
+		handler.ServeHTTP(w, r)
 	}))
 	defer server.Close()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -182,6 +187,9 @@ func etcd(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func (s *stage) play(ctx context.Context) {
+	var following sync.WaitGroup
+	following.Go(func() { _ = s.feed.Run(ctx) })
+	defer following.Wait()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -197,65 +205,58 @@ func (s *stage) play(ctx context.Context) {
 	}
 }
 
-// pass makes the store as if engine and machines had done all there is to do.
+// pass makes the store as if engine and nodes had done all there is to do.
 func (s *stage) pass(ctx context.Context) error {
 	k := s.keys
-	lists, revision, err := s.store.ListMany(ctx, 0, k.Unit(""), k.Placement(""), k.Unplaced(""), k.States(""), k.Machine(""), k.Settings(""), k.Move(""))
+	now, err := s.feed.Full(ctx)
 	if err != nil {
 		return err
 	}
-	units, placed := decoded[registry.Unit](k.Unit(""), lists[0]), decoded[registry.Placement](k.Placement(""), lists[1])
-	unplaced, states := decoded[registry.Unplaced](k.Unplaced(""), lists[2]), decoded[registry.States](k.States(""), lists[3])
-	machines, settings := decoded[registry.Machine](k.Machine(""), lists[4]), decoded[registry.Settings](k.Settings(""), lists[5])
-	moves := decoded[registry.Move](k.Move(""), lists[6])
-	load, next := map[string]int{}, map[string]map[string]registry.State{}
-	for id := range machines {
-		next[id] = map[string]registry.State{}
+	load, next := map[string]int{}, map[string]map[string]state.UnitState{}
+	for id := range now.Nodes {
+		next[id] = map[string]state.UnitState{}
 	}
-	for _, p := range placed {
-		load[p.Machine]++
+	for _, u := range now.Units {
+		if u.Placement.Exists() {
+			load[u.Placement.Value.Node]++
+		}
 	}
 	var ops []store.Op
-	for name := range placed {
-		if u, ok := units[name]; !ok || u.Desired == registry.Inactive {
-			ops = append(ops, store.Delete(k.Placement(name)))
-			delete(placed, name)
-		}
-	}
-	for _, name := range slices.Sorted(maps.Keys(units)) {
-		u := units[name]
-		f, err := unit.Parse(u.Text)
-		if err != nil {
-			continue
-		}
-		parts, _ := unit.SplitName(name)
-		req, _ := f.Check(parts)
-		if u.Desired == registry.Inactive {
-			continue
-		}
-		if req.Global {
-			for id := range machines {
-				next[id][name] = s.state(f, u, id+name)
+	for _, name := range slices.Sorted(maps.Keys(now.Units)) {
+		u := now.Units[name]
+		if !u.Wanted() {
+			if u.Placement.Exists() {
+				ops = append(ops, store.Delete(k.Placement(name)))
+			}
+			if u.Unplaced.Exists() && !u.Record.Exists() {
+				ops = append(ops, store.Delete(k.Unplaced(name)))
 			}
 			continue
 		}
-		p, ok := placed[name]
-		to := p.Machine
-		if m, asked := moves[name]; asked {
-			to, ok = m.To, m.To == p.Machine
+		if u.Requirements.Global {
+			for id := range now.Nodes {
+				next[id][name] = s.state(u, id+name)
+			}
+			continue
+		}
+		p := u.Placement.Value
+		to, ok := p.Node, u.Placement.Exists()
+		if u.Move.Exists() {
+			to, ok = u.Move.Value.To, u.Move.Value.To == p.Node
 			ops = append(ops, store.Delete(k.Move(name)))
 		}
-		if ok && settings[p.Machine].Drain {
+		if ok && now.Nodes[p.Node].Settings.Value.Drain {
 			to, ok = "", false
 		}
 		why := ""
 		if to == "" {
-			for _, id := range slices.Sorted(maps.Keys(machines)) {
-				mismatch := req.Mismatch(id, machines[id].Metadata)
+			for _, id := range slices.Sorted(maps.Keys(now.Nodes)) {
+				n := now.Nodes[id]
+				mismatch := u.Requirements.Mismatch(id, n.Record.Value.Metadata)
 				switch {
 				case mismatch != "":
 					why = mismatch
-				case settings[id].Cordon || settings[id].Drain:
+				case n.Settings.Value.Cordon || n.Settings.Value.Drain:
 					why = "it is cordoned"
 				case to == "" || load[id] < load[to]:
 					to = id
@@ -263,25 +264,20 @@ func (s *stage) pass(ctx context.Context) error {
 			}
 		}
 		if to == "" {
-			if unplaced[name].Reason == "" {
-				ops = append(ops, store.Put(k.Unplaced(name), registry.Encode(registry.Unplaced{V: 1, Reason: fmt.Sprintf("%d machines: %s", len(machines), why)})))
+			if !u.Unplaced.Exists() {
+				ops = append(ops, store.Put(k.Unplaced(name), state.Encode(state.Unplaced{V: 1, Reason: fmt.Sprintf("%d nodes: %s", len(now.Nodes), why)})))
 			}
 			continue
 		}
 		if !ok {
 			load[to]++
-			ops = append(ops, store.Put(k.Placement(name), registry.Encode(registry.Placement{V: 1, Machine: to, Generation: 1, Epoch: revision, Reason: "fewest units"})))
+			ops = append(ops, store.Put(k.Placement(name), state.Encode(state.Placement{V: 1, Node: to, Generation: 1, Epoch: now.Revision, Approved: u.Hash, Reason: "fewest units"})))
 		}
-		next[to][name] = s.state(f, u, name)
+		next[to][name] = s.state(u, name)
 	}
-	for name := range unplaced {
-		if _, ok := units[name]; !ok {
-			ops = append(ops, store.Delete(k.Unplaced(name)))
-		}
-	}
-	for id := range machines {
-		if !maps.Equal(states[id].Units, next[id]) {
-			ops = append(ops, store.Put(k.States(id), registry.Encode(registry.States{V: 1, Units: next[id]})))
+	for id, n := range now.Nodes {
+		if !maps.Equal(n.Units.Value.Units, next[id]) {
+			ops = append(ops, store.Put(k.UnitsReport(id), state.Encode(state.UnitsReport{V: 1, Units: next[id]})))
 		}
 	}
 	for chunk := range slices.Chunk(ops, store.MaxOps) {
@@ -292,12 +288,12 @@ func (s *stage) pass(ctx context.Context) error {
 	return nil
 }
 
-func (s *stage) state(f *unit.File, u registry.Unit, key string) registry.State {
-	st := registry.State{Hash: f.Hash().String(), Load: "loaded", Active: "inactive", Sub: "dead", Launched: u.Desired == registry.Launched, Restarts: u.Restarts}
+func (s *stage) state(u *state.Unit, key string) state.UnitState {
+	st := state.UnitState{Hash: u.Hash, Load: "loaded", Active: "inactive", Sub: "dead", Launched: u.Record.Value.Desired == unit.Launched, Restarts: u.Record.Value.Restarts}
 	if !st.Launched {
 		return st
 	}
-	switch text := u.Text; {
+	switch text := u.Record.Value.Text; {
 	case strings.Contains(text, "slow") && !strings.Contains(text, "slow-once"), strings.Contains(text, "slow-once") && s.restarts[key] < 10:
 		st.Active, st.Sub = "activating", "start-pre"
 		s.restarts[key]++
@@ -308,14 +304,4 @@ func (s *stage) state(f *unit.File, u registry.Unit, key string) registry.State 
 		st.Active, st.Sub = "active", "running"
 	}
 	return st
-}
-
-func decoded[R registry.Record](prefix string, items []store.KV) map[string]R {
-	all := map[string]R{}
-	for _, kv := range items {
-		if r, err := registry.Decode[R](kv.Value); err == nil {
-			all[strings.TrimPrefix(kv.Key, prefix)] = r
-		}
-	}
-	return all
 }
