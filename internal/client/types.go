@@ -111,6 +111,9 @@ type RouterState struct {
 	Slots      int       `json:"slots"`    // backends declared
 	FreeSlots  int       `json:"free_slots"`
 	HostPorts  string    `json:"host_ports"` // "nftables" or "listeners"
+	// Refused are the services of which HAProxy does not run what is wanted: for
+	// each the first revision that it may lack. Applied goes on without them.
+	Refused map[string]int64 `json:"refused,omitempty"`
 	// Problems of this node alone, such as a host_port that another program has.
 	Problems []catalog.Problem `json:"problems"`
 	Err      string            `json:"error,omitempty"` // why it is not serving
@@ -139,6 +142,8 @@ type NodeRecord struct {
 	Applied  int64     `json:"applied"` // catalog revision that its router runs
 	Serving  bool      `json:"serving"`
 	Draining bool      `json:"draining"`
+	// Services that its router could not bring to Applied; see RouterState.
+	Refused map[string]int64 `json:"refused,omitempty"`
 }
 
 // ServiceSummary is one line of GET /v1/services.

@@ -24,7 +24,7 @@ func (n *node) report(ctx context.Context) error {
 		st := n.router.Status()
 		raw, err := json.Marshal(client.NodeRecord{
 			V: schemaVersion, Name: n.cfg.Name, Address: n.cfg.Address, Version: n.version, Started: n.started.UTC().Truncate(time.Second),
-			Applied: st.Applied, Serving: st.Serving, Draining: st.Draining,
+			Applied: st.Applied, Serving: st.Serving, Draining: st.Draining, Refused: st.Refused,
 		})
 		if err != nil {
 			return fmt.Errorf("write down the state of the node: %w", err)
