@@ -70,7 +70,7 @@ func (s *Server) wait(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	applied, err := s.converge(r.Context(), revision, limit)
+	applied, err := s.converge(r.Context(), r.FormValue("service"), revision, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -80,10 +80,11 @@ func (s *Server) wait(r *http.Request) (any, error) {
 // errConverged ends a watch whose purpose is reached.
 var errConverged = errors.New("every node has applied the revision")
 
-// converge returns when every live node has applied revision. A node that goes
-// away meanwhile is no longer waited for, one that comes is.
-func (s *Server) converge(ctx context.Context, revision int64, limit time.Duration) ([]client.Applied, error) {
-	w := waiting{revision: revision, began: time.Now(), nodes: map[string]client.Applied{}}
+// converge returns when every live node has applied revision, and has not refused
+// what it says of service, if that is not "". A node that goes away meanwhile is no
+// longer waited for, one that comes is.
+func (s *Server) converge(ctx context.Context, service string, revision int64, limit time.Duration) ([]client.Applied, error) {
+	w := waiting{service: service, revision: revision, refused: map[string]bool{}, began: time.Now(), nodes: map[string]client.Applied{}}
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var last error
@@ -117,9 +118,11 @@ func (s *Server) converge(ctx context.Context, revision int64, limit time.Durati
 
 // waiting is how far each node is while one caller waits.
 type waiting struct {
+	service  string
 	revision int64
 	began    time.Time
 	nodes    map[string]client.Applied
+	refused  map[string]bool // by node, whose HAProxy does not take the service
 }
 
 // follow reads all records and watches them until all have the revision, which
@@ -163,7 +166,9 @@ func (w *waiting) saw(r client.NodeRecord) {
 	if w.nodes[r.Name].Reached {
 		return
 	}
-	a := client.Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= w.revision}
+	since, refused := r.Refused[w.service]
+	w.refused[r.Name] = refused && since <= w.revision
+	a := client.Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= w.revision && !w.refused[r.Name]}
 	if a.Reached {
 		a.MS = float64(time.Since(w.began).Microseconds()) / 1000
 	}
@@ -193,6 +198,10 @@ func (w *waiting) laggards() string {
 	var behind []string
 	for _, a := range w.list() {
 		if !a.Reached {
+			if w.refused[a.Node] {
+				behind = append(behind, fmt.Sprintf("%s refuses service %s", a.Node, w.service))
+				continue
+			}
 			behind = append(behind, fmt.Sprintf("%s is at %d", a.Node, a.Revision))
 		}
 	}

@@ -219,6 +219,24 @@ func TestConcurrentChanges(t *testing.T) {
 	}
 }
 
+// A node that refuses one service holds up those who wait for that one, and nobody
+// else.
+func TestWaitForARefusedService(t *testing.T) {
+	w := newWorld(t)
+	raw, err := json.Marshal(client.NodeRecord{V: 1, Name: "n1", Applied: 1 << 40, Serving: true, Refused: map[string]int64{"web": 1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.put(NodesPrefix+"n1", string(raw))
+	scheme := "http"
+	change := client.Change{Scheme: &scheme, AddEndpoints: []string{"10.0.0.1:80"}}
+	_, err = w.client.Set(t.Context(), "web", change, 200*time.Millisecond)
+	wantCode(t, err, client.CodeNotConverged, "n1 refuses service web")
+	if _, err := w.client.Set(t.Context(), "api", change, 10*time.Second); err != nil {
+		t.Errorf("another service: %v", err)
+	}
+}
+
 func TestWait(t *testing.T) {
 	w := newWorld(t)
 	w.report("n1", 50)

@@ -28,7 +28,7 @@ func (s *Server) putService(r *http.Request) (any, error) {
 		return nil, err
 	}
 	name := r.PathValue("name")
-	return s.written(r.Context(), wait, func(ctx context.Context) (client.Written, error) { return s.change(ctx, name, c) })
+	return s.written(r.Context(), name, wait, func(ctx context.Context) (client.Written, error) { return s.change(ctx, name, c) })
 }
 
 func (s *Server) deleteService(r *http.Request) (any, error) {
@@ -37,16 +37,16 @@ func (s *Server) deleteService(r *http.Request) (any, error) {
 		return nil, err
 	}
 	name := r.PathValue("name")
-	return s.written(r.Context(), wait, func(ctx context.Context) (client.Written, error) { return s.remove(ctx, name) })
+	return s.written(r.Context(), name, wait, func(ctx context.Context) (client.Written, error) { return s.remove(ctx, name) })
 }
 
-// written does a write and, if wait is not 0, waits for the nodes.
-func (s *Server) written(ctx context.Context, wait time.Duration, write func(context.Context) (client.Written, error)) (any, error) {
+// written does a write of a service and, if wait is not 0, waits for the nodes.
+func (s *Server) written(ctx context.Context, service string, wait time.Duration, write func(context.Context) (client.Written, error)) (any, error) {
 	w, err := write(ctx)
 	if err != nil || wait == 0 {
 		return w, err
 	}
-	w.Applied, err = s.converge(ctx, w.Revision, wait)
+	w.Applied, err = s.converge(ctx, service, w.Revision, wait)
 	return w, err
 }
 

@@ -43,19 +43,19 @@ func (r *Router) certFile(name string) string {
 
 func (r *Router) crtList() string { return filepath.Join(r.cfg.Dir, "certs", "crt-list") }
 
-// prepareCertificates writes the certificates for an HAProxy that starts.
-func (r *Router) prepareCertificates() error {
+// prepareCertificates returns the files of certificates for an HAProxy that starts.
+func (r *Router) prepareCertificates() ([]file, error) {
 	r.certs.loaded = map[string][]byte{}
 	fallback, err := os.ReadFile(r.certFile(defaultCertificate))
 	if err != nil {
 		if fallback, err = selfSigned(r.cfg.Node); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	// What HAProxy may be running is what was written last.
 	old, err := filepath.Glob(filepath.Join(r.cfg.Dir, "certs", "*.pem"))
 	if err != nil {
-		return fmt.Errorf("certificates: %w", err)
+		return nil, fmt.Errorf("certificates: %w", err)
 	}
 	for _, path := range old {
 		if text, err := os.ReadFile(path); err == nil {
@@ -63,32 +63,28 @@ func (r *Router) prepareCertificates() error {
 		}
 	}
 	r.certs.loaded[defaultCertificate] = fallback
-	if err := replaceFile(r.certFile(defaultCertificate), fallback); err != nil {
-		return err
-	}
+	files := []file{{path: r.certFile(defaultCertificate), text: fallback}}
 	if r.client.Alive() { // changes go through the Runtime API
-		return nil
+		return files, nil
 	}
 	found, problems := readCertificates(r.cfg.Certs, r.certs.loaded)
 	r.certs.problems = problems
 	for name, text := range found {
-		if err := replaceFile(r.certFile(name), text); err != nil {
-			return err
-		}
+		files = append(files, file{path: r.certFile(name), text: text})
 	}
 	found[defaultCertificate] = fallback
 	r.certs.loaded = found
-	return r.writeCrtList()
+	return append(files, r.crtListFile()), nil
 }
 
-func (r *Router) writeCrtList() error {
+func (r *Router) crtListFile() file {
 	lines := r.certFile(defaultCertificate) + "\n" // the first is the one for unknown names
 	for _, name := range slices.Sorted(maps.Keys(r.certs.loaded)) {
 		if name != defaultCertificate {
 			lines += r.certFile(name) + "\n"
 		}
 	}
-	return replaceFile(r.crtList(), []byte(lines))
+	return file{path: r.crtList(), text: []byte(lines)}
 }
 
 // updateCertificates brings changes of the directory to HAProxy.
@@ -104,7 +100,7 @@ func (r *Router) updateCertificates(ctx context.Context, now time.Time) error {
 		if bytes.Equal(text, r.certs.loaded[name]) {
 			continue
 		}
-		if err := replaceFile(r.certFile(name), text); err != nil {
+		if err := r.disk.write(ctx, file{path: r.certFile(name), text: text}); err != nil {
 			return err
 		}
 		if err := r.loadCertificate(ctx, name, text, r.certs.loaded[name] == nil); err != nil {
@@ -114,7 +110,7 @@ func (r *Router) updateCertificates(ctx context.Context, now time.Time) error {
 			r.log.Info("certificate is served", "name", name)
 		}
 		r.certs.loaded[name] = text
-		if err := r.writeCrtList(); err != nil {
+		if err := r.disk.write(ctx, r.crtListFile()); err != nil {
 			return err
 		}
 	}
@@ -131,7 +127,7 @@ func (r *Router) updateCertificates(ctx context.Context, now time.Time) error {
 			r.log.Warn("certificate", "name", name, "err", err)
 		}
 		delete(r.certs.loaded, name)
-		if err := errors.Join(r.writeCrtList(), os.Remove(path)); err != nil {
+		if err := r.disk.write(ctx, r.crtListFile(), file{path: path, remove: true}); err != nil {
 			return fmt.Errorf("certificate %s: %w", name, err)
 		}
 		r.log.Info("certificate is no longer served", "name", name)

@@ -6,6 +6,7 @@ import (
 	"embed"
 	"fmt"
 	"hash/crc32"
+	"hash/maphash"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/durable"
 	"flotilla/internal/haproxy"
 )
 
@@ -27,35 +29,49 @@ import (
 var pages embed.FS
 
 // disk keeps HAProxy's files equal to what it runs, so that whoever restarts it
-// starts it in today's state.
+// starts it in today's state. One goroutine, run, writes all files once HAProxy may
+// read them.
 type disk struct {
-	dir   string
-	log   *slog.Logger
-	pid   int // of the worker we are attached to
-	jobs  chan []file
-	lost  atomic.Bool       // a write went wrong: everything must be written again
-	took  atomic.Int64      // ns that the last write took
-	text  map[string][]byte // rendered backends
-	order []string          // names of the rendered backends, sorted; nil: to be made anew
-	dirty map[string]bool   // map names, and configKey
-	next  time.Time         // no write before this
+	dir  string
+	log  *slog.Logger
+	pid  int // of the worker we are attached to
+	jobs chan job
+	lost atomic.Bool  // a write went wrong: it must be done again
+	took atomic.Int64 // ns that the last write took
+
+	stale bool      // HAProxy runs something else than what was handed to run last
+	all   bool      // the files may have been changed by somebody else
+	next  time.Time // no write before this
 
 	booted    time.Time         // when the router began
 	offered   *catalog.Snapshot // what the files were written for while HAProxy was away
 	offeredAt time.Time
 }
 
-const configKey = "" // in disk.dirty: the configuration file
+// job is files to be written. Their text is made by who writes them, because that
+// takes long when there are many services.
+type job struct {
+	files func() ([]file, error)
+	all   bool       // those too that were written with the same text
+	done  chan error // nil: nobody waits
+}
 
-// file is a file to be written. Its text is put together by who writes it, from
-// what the loop has handed over: that takes long when there are many services.
 type file struct {
-	path string
-	text func() []byte
+	path   string
+	text   []byte
+	remove bool
+}
+
+// put brings one file to the disk.
+func (f file) put() error {
+	if f.remove {
+		return durable.Remove(f.path)
+	}
+	return durable.WriteFile(f.path, f.text, 0o600)
 }
 
 func newDisk(dir string, log *slog.Logger) *disk {
-	return &disk{dir: dir, log: log, jobs: make(chan []file, 1), text: map[string][]byte{}, dirty: map[string]bool{}, booted: time.Now()}
+	return &disk{dir: dir, log: log, jobs: make(chan job, 1), booted: time.Now()}
 }
 
 func (d *disk) config() string { return filepath.Join(d.dir, "haproxy.cfg") }
@@ -65,44 +81,40 @@ func (d *disk) exists() bool {
 	return err == nil
 }
 
-func (d *disk) touch(mapName string) { d.dirty[mapName] = true }
-
-func (d *disk) touchBackend(name string) {
-	if i, found := slices.BinarySearch(d.order, name); !found && d.order != nil {
-		d.order = slices.Insert(d.order, i, name)
-	}
-	d.text[name] = nil
-	d.dirty[configKey] = true
-}
-
-func (d *disk) forget(name string) {
-	delete(d.text, name)
-	if i, found := slices.BinarySearch(d.order, name); found {
-		d.order = slices.Delete(d.order, i, i+1)
-	}
-	d.dirty[configKey] = true
-}
-
-// touchAll makes the next write a complete one.
-func (d *disk) touchAll() {
-	clear(d.text)
-	d.order = nil
-	d.dirty[configKey] = true
-	for _, m := range haproxy.Maps {
-		d.dirty[m] = true
-	}
-}
-
 // run writes the files that the loop hands over.
 func (d *disk) run(ctx context.Context) error {
+	written := map[string]uint64{}
+	seed := maphash.MakeSeed()
+	write := func(j job) error {
+		files, err := j.files()
+		if err != nil {
+			return err
+		}
+		for _, f := range files {
+			sum := maphash.Bytes(seed, f.text)
+			if last, ok := written[f.path]; ok && last == sum && !j.all {
+				continue
+			}
+			delete(written, f.path)
+			if err := f.put(); err != nil {
+				return err
+			}
+			written[f.path] = sum
+		}
+		return nil
+	}
 	var last string
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case files := <-d.jobs:
+		case j := <-d.jobs:
 			began := time.Now()
-			err := writeAll(files)
+			err := write(j)
+			if j.done != nil {
+				j.done <- err
+				continue
+			}
 			if err != nil {
 				d.lost.Store(true)
 			}
@@ -116,26 +128,21 @@ func (d *disk) run(ctx context.Context) error {
 	}
 }
 
-func writeAll(files []file) error {
-	for _, f := range files {
-		if err := replaceFile(f.path, f.text()); err != nil {
-			return err
-		}
+// write has files written and waits for it. Whatever was handed over before is
+// written then, too.
+func (d *disk) write(ctx context.Context, files ...file) error {
+	j := job{files: func() ([]file, error) { return files, nil }, all: true, done: make(chan error, 1)}
+	select {
+	case d.jobs <- j:
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	return nil
-}
-
-// replaceFile writes a new file and renames it, so that a reader sees either the
-// old content or the new.
-func replaceFile(path string, data []byte) error {
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, data, 0o600); err != nil {
-		return fmt.Errorf("write %s: %w", tmp, err)
+	select {
+	case err := <-j.done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	if err := os.Rename(tmp, path); err != nil {
-		return fmt.Errorf("replace %s: %w", path, err)
-	}
-	return nil
 }
 
 // prepare makes directories and everything that does not depend on the catalog.
@@ -161,6 +168,7 @@ func (r *Router) prepare(ctx context.Context) error {
 	if err := os.Chmod(filepath.Join(r.cfg.Dir, "certs"), 0o700); err != nil {
 		return fmt.Errorf("router directory: %w", err)
 	}
+	var files []file // HAProxy, if it runs, reads none of them now
 	entries, err := pages.ReadDir("pages")
 	if err != nil {
 		return fmt.Errorf("pages: %w", err)
@@ -170,24 +178,29 @@ func (r *Router) prepare(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("pages: %w", err)
 		}
-		if err := replaceFile(filepath.Join(r.cfg.Dir, "pages", e.Name()), text); err != nil {
-			return err
-		}
+		files = append(files, file{path: filepath.Join(r.cfg.Dir, "pages", e.Name()), text: text})
 	}
 	var trusted strings.Builder
 	for _, p := range r.cfg.TrustedProxies {
 		fmt.Fprintln(&trusted, p)
 	}
-	if err := replaceFile(filepath.Join(r.cfg.Dir, "trusted.lst"), []byte(trusted.String())); err != nil {
-		return err
-	}
+	files = append(files, file{path: filepath.Join(r.cfg.Dir, "trusted.lst"), text: []byte(trusted.String())})
 	r.disk = newDisk(r.cfg.Dir, r.log)
 	saved, err := os.ReadFile(r.mapFile(haproxy.StateMap))
 	r.draining = err == nil && bytes.Contains(saved, []byte("draining yes"))
 	if err := r.ports.prepare(ctx, r.cfg, r.client, r.log); err != nil {
 		return err
 	}
-	return r.prepareCertificates()
+	certificates, err := r.prepareCertificates()
+	if err != nil {
+		return err
+	}
+	for _, f := range append(files, certificates...) {
+		if err := f.put(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // settings is the configuration file but for its backends.
@@ -237,83 +250,50 @@ func (r *Router) layout() int64 {
 	return int64(crc32.ChecksumIEEE(text))
 }
 
-// render returns all files for what r.have says.
-func (r *Router) render(generation int64) ([]file, error) {
-	r.disk.touchAll()
-	return r.renderDirty(generation)
-}
-
-// renderDirty returns the files that differ from what was written last.
-func (r *Router) renderDirty(generation int64) ([]file, error) {
-	d := r.disk
-	var files []file
-	lines := map[string][]string{} // key, value, key ...
-	for e, value := range r.have.routes {
-		if d.dirty[e.Map] {
-			lines[e.Map] = append(lines[e.Map], e.Key, value)
+// render returns what makes all files for what r.have says now, the configuration
+// last. It may be called by another goroutine later.
+func (r *Router) render(generation int64) func() ([]file, error) {
+	have := &state{backends: maps.Clone(r.have.backends), routes: maps.Clone(r.have.routes)}
+	settings, draining, config := r.settings(generation), r.draining, r.disk.config()
+	return func() ([]file, error) {
+		texts := map[string]*bytes.Buffer{}
+		for _, m := range haproxy.Maps {
+			texts[m] = &bytes.Buffer{}
 		}
-	}
-	if d.dirty[haproxy.StateMap] {
-		lines[haproxy.StateMap] = []string{"attached", "no", "draining", yes(r.draining)}
-	}
-	for _, m := range haproxy.Maps {
-		if d.dirty[m] {
-			files = append(files, file{r.mapFile(m), func() []byte { return mapText(lines[m]) }})
+		fmt.Fprintf(texts[haproxy.StateMap], "attached no\ndraining %s\n", yes(draining))
+		for e, value := range have.routes {
+			fmt.Fprintf(texts[e.Map], "%s %s\n", e.Key, value)
 		}
-	}
-	if d.dirty[configKey] {
-		text, err := r.settings(generation).Render()
+		var files []file
+		for _, m := range haproxy.Maps {
+			files = append(files, file{path: settings.Map(m), text: texts[m].Bytes()})
+		}
+		text, err := settings.Render()
 		if err != nil {
 			return nil, err
 		}
-		if d.order == nil {
-			d.order = slices.Sorted(maps.Keys(r.have.backends))
+		for _, name := range slices.Sorted(maps.Keys(have.backends)) {
+			servers := slices.SortedFunc(maps.Values(have.backends[name]), func(a, b haproxy.Server) int { return compareServerNames(a.Name, b.Name) })
+			text = haproxy.AppendBackend(text, haproxy.Backend{Name: name, Servers: servers})
 		}
-		sections := append(make([][]byte, 0, 1+len(d.order)), text)
-		for _, name := range d.order {
-			section := d.text[name]
-			if section == nil {
-				servers := slices.SortedFunc(maps.Values(r.have.backends[name]), func(a, b haproxy.Server) int { return compareServerNames(a.Name, b.Name) })
-				section = haproxy.AppendBackend(nil, haproxy.Backend{Name: name, Servers: servers})
-				d.text[name] = section
-			}
-			sections = append(sections, section)
-		}
-		files = append(files, file{d.config(), func() []byte { return bytes.Join(sections, nil) }})
+		return append(files, file{path: config, text: text}), nil
 	}
-	clear(d.dirty)
-	return files, nil
-}
-
-// mapText returns a map file of keys and values in turn.
-func mapText(lines []string) []byte {
-	var b bytes.Buffer
-	for i := 0; i < len(lines); i += 2 {
-		b.WriteString(lines[i])
-		b.WriteByte(' ')
-		b.WriteString(lines[i+1])
-		b.WriteByte('\n')
-	}
-	return b.Bytes()
 }
 
 // writeEvery bounds how old the files may be.
 const writeEvery = 2 * time.Second
 
-// writeFiles hands what changed to the writer, unless it was done just now.
+// writeFiles hands what HAProxy runs to the writer if the files are older, unless
+// it was done just now.
 func (r *Router) writeFiles(now time.Time) {
 	if r.disk.lost.Swap(false) {
-		r.disk.touchAll()
+		r.disk.stale, r.disk.all = true, true
 	}
-	if len(r.disk.dirty) == 0 || !now.IsZero() && now.Before(r.disk.next) || len(r.disk.jobs) > 0 {
+	if !r.disk.stale || !now.IsZero() && now.Before(r.disk.next) || len(r.disk.jobs) > 0 {
 		return
 	}
-	files, err := r.renderDirty(r.reload.generation)
-	if err != nil {
-		r.log.Error("HAProxy's files are not up to date", "err", err)
-		return
-	}
-	r.disk.jobs <- files
+	r.disk.jobs <- job{files: r.render(r.reload.generation), all: r.disk.all}
+	r.disk.stale, r.disk.all = false, false
 	// Never more than 2 % of the time, however large the files are.
 	r.disk.next = time.Now().Add(max(writeEvery, 50*time.Duration(r.disk.took.Load())))
 }

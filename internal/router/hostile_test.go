@@ -363,7 +363,7 @@ func (b *bed) checkFile() {
 	b.t.Helper()
 	eventually(b.t, func() string {
 		clean := make(chan bool, 1)
-		b.router.requests <- func() { clean <- len(b.router.disk.dirty) == 0 && len(b.router.disk.jobs) == 0 }
+		b.router.requests <- func() { clean <- !b.router.disk.stale && len(b.router.disk.jobs) == 0 }
 		if !<-clean {
 			return "the files lag"
 		}

@@ -114,38 +114,48 @@ func (p *hostPorts) adopt(next *state) {
 	}
 }
 
-// mayOpen reports whether this node can offer the service's host_port, and sees
-// to it that it will. A port that another program listens on is a problem of
-// this node alone.
-func (r *Router) mayOpen(svc *catalog.Service) bool {
-	p := &r.ports
-	if svc.HostPort == 0 || !svc.Routable() {
-		return false
+// portOf returns the map entry of the service's host_port; ok is false if it wants
+// none.
+func portOf(svc *catalog.Service) (e entry, ok bool) {
+	if svc == nil || svc.HostPort == 0 || !svc.Routable() {
+		return e, false
 	}
-	e := entry{haproxy.HTTPPortMap, strconv.Itoa(svc.HostPort)}
+	e = entry{haproxy.HTTPPortMap, strconv.Itoa(svc.HostPort)}
 	if svc.Scheme == catalog.TCP {
 		e.Map = haproxy.TCPPortMap
 	}
-	if !p.nftables && p.listen[e] {
-		delete(p.busy, svc.HostPort)
-		return true
+	return e, true
+}
+
+// look finds out whether the service's host_port is one that another program
+// listens on, which is a problem of this node alone.
+func (p *hostPorts) look(svc *catalog.Service) {
+	e, ok := portOf(svc)
+	if !ok {
+		return
 	}
-	if err := tryBind(netip.AddrPortFrom(p.address, uint16(svc.HostPort))); err != nil {
-		// A port that changes between TCP and HTTP is held by HAProxy itself.
-		other := entry{haproxy.HTTPPortMap, e.Key}
-		if e.Map == other.Map {
-			other.Map = haproxy.TCPPortMap
-		}
-		if p.nftables || !p.listen[other] {
+	// A port that changes between TCP and HTTP is held by HAProxy itself.
+	ours := !p.nftables && (p.listen[entry{haproxy.TCPPortMap, e.Key}] || p.listen[entry{haproxy.HTTPPortMap, e.Key}])
+	if !ours {
+		if err := tryBind(netip.AddrPortFrom(p.address, uint16(svc.HostPort))); err != nil {
 			p.busy[svc.HostPort] = busyPort{svc.Name, err}
-			return false
+			return
 		}
 	}
 	delete(p.busy, svc.HostPort)
-	if !p.nftables {
-		r.reload.ask(time.Now(), "host_port "+e.Key+" of service "+svc.Name+" is new")
+}
+
+// opens reports whether this node can offer the service's host_port, as far as look
+// has found, and whether that waits for a reload.
+func (p *hostPorts) opens(svc *catalog.Service) (ok, waits bool) {
+	e, ok := portOf(svc)
+	if !ok {
+		return false, false
 	}
-	return true
+	if _, busy := p.busy[svc.HostPort]; busy {
+		return false, false
+	}
+	return true, !p.nftables && !p.listen[e]
 }
 
 // tryBind reports why nobody could listen on the address now, if so.

@@ -61,10 +61,12 @@ func (s Step) String() string {
 
 // state is what HAProxy runs, as read from it, or what it shall run.
 type state struct {
-	backends map[string]map[string]haproxy.Server // servers by name, by backend
-	routes   map[entry]string                     // the map files
-	owned    map[string]map[entry]string          // routes by the service that they name
-	domains  int                                  // how many of the routes are by custom domain
+	// Servers by name, by backend. The servers of a backend are replaced, never
+	// changed: the writer of the files reads them meanwhile.
+	backends map[string]map[string]haproxy.Server
+	routes   map[entry]string            // the map files
+	owned    map[string]map[entry]string // routes by the service that they name
+	domains  int                         // how many of the routes are by custom domain
 }
 
 func newState() *state {
@@ -79,7 +81,9 @@ func (s *state) apply(step Step) {
 			s.backends[step.Backend] = map[string]haproxy.Server{}
 		}
 	case AddServer, MoveServer, SetWeight, SetState, ParkServer:
-		s.backends[step.Backend][step.Server.Name] = step.Server
+		servers := maps.Clone(s.backends[step.Backend])
+		servers[step.Server.Name] = step.Server
+		s.backends[step.Backend] = servers
 	case SetRoute:
 		s.setRoute(entry{step.Map, step.Key}, step.Value)
 	case DelRoute:
@@ -240,6 +244,61 @@ func wantOfNobody(have *state) wanted {
 		w.routes[domainsSwitch] = haproxy.Route{Backend: "yes", Service: nobody}
 	}
 	return w
+}
+
+// view is what a plan is made from; planning changes nothing of it.
+type view struct {
+	snapshot *catalog.Snapshot
+	have     *state
+	slots    *slots
+	ports    *hostPorts
+	sni      bool // the node has a port for TLS passthrough
+}
+
+// plan is what is to be done for some services.
+type plan struct {
+	steps  []Step
+	moves  []move            // services that take or give up a backend
+	reload map[string]string // by service, what it wants that HAProxy only has after a reload
+}
+
+// move gives a service a backend; "" only takes away the one that it has.
+type move struct{ service, backend string }
+
+// planServices returns what makes HAProxy serve the named services as the snapshot
+// has them. A name may be that of a service that is gone, or nobody.
+func planServices(v view, names []string) plan {
+	p := plan{reload: map[string]string{}}
+	taken := map[haproxy.Class]int{}
+	for _, name := range names {
+		svc := v.snapshot.Service(name)
+		w, backend := wantOfNobody(v.have), ""
+		if name != nobody {
+			opens, waits := v.ports.opens(svc)
+			w = want(svc, offers{hostPort: opens, sni: v.sni})
+			if waits {
+				p.reload[name] = fmt.Sprintf("host_port %d of service %s is new", svc.HostPort, name)
+			}
+		}
+		if w.service != "" {
+			var isNew, ok bool
+			backend, isNew, ok = v.slots.pick(name, w.class, v.have, taken)
+			if !ok {
+				p.reload[name] = "no free backend of class " + w.class.Code()
+				continue
+			}
+			p.moves = append(p.moves, move{name, backend})
+			if isNew {
+				p.steps = append(p.steps, Step{Do: MakeBackend, Backend: backend, Reason: "service " + name + " is new"})
+			}
+			p.steps = append(p.steps, planServers(backend, w.servers, v.have.backends[backend])...)
+		} else if v.slots.used[name] != "" {
+			p.moves = append(p.moves, move{name, ""})
+		}
+		p.steps = append(p.steps, planRoutes(name, backend, w, v.have)...)
+	}
+	p.steps = order(p.steps)
+	return p
 }
 
 // planServers returns the steps from the servers that a backend has to those it

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -219,39 +220,47 @@ func genCatalog(t *rapid.T, b *catalog.Builder, revision int64) *catalog.Snapsho
 func TestPlanCatalogConverges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		runtime := rapid.Bool().Draw(t, "backends at run time")
-		r := &Router{cfg: Config{SNIPort: 1}, have: newState(), failed: map[string]string{}}
-		r.ports = hostPorts{address: netip.MustParseAddr("127.0.0.1"), nftables: true, busy: map[int]busyPort{}, open: map[string]bool{}}
+		have, slots := newState(), &slots{runtime: runtime}
+		ports := &hostPorts{nftables: true}
 		if !runtime {
 			for _, class := range haproxy.Classes {
 				for i := range 8 {
-					r.have.backends[class.BackendName(fmt.Sprint(i+1))] = map[string]haproxy.Server{}
+					have.backends[class.BackendName(fmt.Sprint(i+1))] = map[string]haproxy.Server{}
 				}
 			}
 		}
-		r.slots.runtime = runtime
 		b := catalog.NewBuilder(catalog.Policy{})
 		for round := range 4 {
 			snapshot := genCatalog(t, b, int64(round+1))
 			if rapid.Bool().Draw(t, "restarted") || round == 0 {
-				r.slots.reset(r.have, runtime, fixedTime)
+				slots.reset(have, runtime, fixedTime)
 			}
 			all := func() []Step {
-				var steps []Step
 				names := map[string]bool{}
 				for svc := range snapshot.All() {
 					names[svc.Name] = true
 				}
-				for service := range r.have.owned {
+				for service := range have.owned {
 					names[service] = true
 				}
-				for _, name := range slices.Sorted(maps.Keys(names)) {
-					steps = append(steps, r.planService(snapshot.Service(name), name)...)
+				delete(names, nobody)
+				v := view{snapshot: snapshot, have: have, slots: slots, ports: ports, sni: true}
+				order := append(slices.Sorted(maps.Keys(names)), nobody)
+				p := planServices(v, order)
+				if again := planServices(v, order); !reflect.DeepEqual(p, again) {
+					t.Fatalf("the same plan made twice differs:\n%v\n%v", p, again)
 				}
-				return append(order(steps), r.planService(nil, nobody)...)
+				if len(p.reload) > 0 {
+					t.Fatalf("the plan wants a reload: %v", p.reload)
+				}
+				for _, m := range p.moves {
+					slots.apply(m, fixedTime)
+				}
+				return p.steps
 			}
 			for range 2 { // what nobody needs depends on what the services have
 				for _, s := range all() {
-					r.have.apply(s)
+					have.apply(s)
 				}
 			}
 			if rest := all(); len(rest) > 0 {
@@ -264,7 +273,7 @@ func TestPlanCatalogConverges(t *testing.T) {
 					if e.byDomain() {
 						wanted[domainsSwitch] = nobody
 					}
-					value := r.have.routes[e]
+					value := have.routes[e]
 					backend, service := haproxy.RouteOwner(value)
 					if service != svc.Name {
 						t.Fatalf("%v leads to %q, want service %s", e, value, svc.Name)
@@ -272,13 +281,13 @@ func TestPlanCatalogConverges(t *testing.T) {
 					if route.Backend == haproxy.Redirect {
 						continue
 					}
-					if got, shall := serving(r.have.backends[backend]), addresses(svc); !slices.Equal(got, shall) {
+					if got, shall := serving(have.backends[backend]), addresses(svc); !slices.Equal(got, shall) {
 						t.Fatalf("service %s is served by %v, want %v", svc.Name, got, shall)
 					}
 				}
 			}
-			if len(wanted) != len(r.have.routes) {
-				t.Fatalf("routes %v, want %v", r.have.routes, wanted)
+			if len(wanted) != len(have.routes) {
+				t.Fatalf("routes %v, want %v", have.routes, wanted)
 			}
 		}
 	})

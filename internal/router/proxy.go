@@ -22,7 +22,7 @@ func (r *Router) attach(ctx context.Context, snapshot *catalog.Snapshot) error {
 	answers, err := r.client.Do(ctx, "show info", "get var proc.gen")
 	if err != nil {
 		if r.cfg.Supervise || !r.disk.exists() {
-			r.offer(snapshot)
+			r.offer(ctx, snapshot)
 		}
 		return fmt.Errorf("HAProxy is not running yet: %w", err)
 	}
@@ -56,7 +56,7 @@ func (r *Router) attach(ctx context.Context, snapshot *catalog.Snapshot) error {
 	r.startable()
 	r.done = nil // compare everything
 	r.disk.pid, _ = strconv.Atoi(info["Pid"])
-	r.disk.touchAll()
+	r.disk.stale, r.disk.all = true, true
 	r.reload.generation = generation
 	r.counts.resyncs++
 	r.log.Info("attached to HAProxy", "version", version.Full, "pid", r.disk.pid, "generation", generation)
@@ -122,6 +122,7 @@ func (r *Router) execute(ctx context.Context, steps []Step) (refused map[string]
 			}
 			if step.Do == MakeBackend {
 				r.have.apply(step)
+				r.disk.stale = true
 			}
 			r.log.Debug("step", "do", step.String())
 		}
@@ -222,19 +223,23 @@ func (r *Router) learn(backends []string, entries []entry, answers []haproxy.Ans
 		}
 		if answers[i].Err() != nil || strings.Contains(answers[i].Text, "Can't find backend") {
 			delete(r.have.backends, b)
-			r.disk.forget(b)
+			r.disk.stale = true
 			continue
 		}
 		servers, err := haproxy.ParseServers(answers[i].Text)
 		if err != nil {
 			return err
 		}
-		r.have.backends[b] = byName(servers[b])
-		r.disk.touchBackend(b)
+		if is := byName(servers[b]); !maps.Equal(is, r.have.backends[b]) {
+			r.have.backends[b] = is
+			r.disk.stale = true
+		}
 	}
 	for i, e := range entries {
-		r.have.setRoute(e, parseMapValue(answers[len(backends)+i].Text))
-		r.disk.touch(e.Map)
+		if is := parseMapValue(answers[len(backends)+i].Text); is != r.have.routes[e] {
+			r.have.setRoute(e, is)
+			r.disk.stale = true
+		}
 	}
 	return nil
 }
@@ -331,7 +336,7 @@ func (r *Router) auditSome(ctx context.Context, see bool) error {
 	a.backends = a.backends[len(part):]
 	part = slices.DeleteFunc(part, func(b string) bool { _, ok := r.have.backends[b]; return !ok })
 	mapDue := len(a.maps) > len(haproxy.Maps)*a.left/auditTicks
-	if len(part) == 0 && !mapDue && !see && len(r.failed) == 0 {
+	if len(part) == 0 && !mapDue && !see && len(r.lacking) == 0 {
 		return nil
 	}
 	before := map[string]map[string]haproxy.Server{}
@@ -360,7 +365,7 @@ func (r *Router) auditSome(ctx context.Context, see bool) error {
 		r.counts.drift += uint64(len(suspects))
 		r.log.Warn("HAProxy was changed by somebody else", "services", slices.Sorted(maps.Keys(suspects)))
 	}
-	for name := range r.failed {
+	for name := range r.lacking {
 		suspects[name] = true
 	}
 	if len(suspects) == 0 || r.done == nil {

@@ -3,7 +3,7 @@ package router
 import (
 	"context"
 	"fmt"
-	"os"
+	"maps"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -58,7 +58,7 @@ func (r *Router) nextGeneration() int64 {
 const firstSnapshotWait = 2 * time.Second
 
 // offer writes files for an HAProxy that is not running, and lets it start.
-func (r *Router) offer(snapshot *catalog.Snapshot) {
+func (r *Router) offer(ctx context.Context, snapshot *catalog.Snapshot) {
 	now := time.Now()
 	if snapshot == nil && now.Sub(r.disk.booted) < firstSnapshotWait || r.disk.offered == snapshot && !r.disk.offeredAt.IsZero() {
 		return
@@ -73,14 +73,10 @@ func (r *Router) offer(snapshot *catalog.Snapshot) {
 	}
 	r.have = newState()
 	r.slots.reset(r.have, r.version.MakesBackends(), now)
-	err := r.target(snapshot)
-	r.ports.adopt(r.have)
-	generation := r.nextGeneration()
+	r.target(snapshot)
+	files, err := r.render(r.nextGeneration())()
 	if err == nil {
-		var files []file
-		if files, err = r.render(generation); err == nil {
-			err = writeAll(files)
-		}
+		err = r.disk.write(ctx, files...)
 	}
 	if err != nil {
 		r.log.Error("HAProxy cannot be started", "err", err)
@@ -100,7 +96,7 @@ func (r *Router) startable() {
 
 // target changes r.have to what HAProxy shall run for the snapshot, with as many
 // backends as that needs.
-func (r *Router) target(snapshot *catalog.Snapshot) error {
+func (r *Router) target(snapshot *catalog.Snapshot) {
 	need := map[haproxy.Class]int{}
 	names := map[string]bool{}
 	for svc := range snapshot.All() {
@@ -130,18 +126,15 @@ func (r *Router) target(snapshot *catalog.Snapshot) error {
 		slices.Reverse(added)
 		r.slots.fresh[class] = append(added, r.slots.fresh[class]...)
 	}
-	var steps []Step
-	for name := range names {
-		steps = append(steps, r.planService(snapshot.Service(name), name)...)
-	}
-	for _, s := range order(steps) {
-		r.have.apply(s)
-	}
-	for _, s := range r.planService(nil, nobody) {
-		r.have.apply(s)
+	// What services need of a reload they get by this one. What nobody needs depends
+	// on what the services have.
+	for _, names := range [][]string{slices.Sorted(maps.Keys(names)), {nobody}} {
+		for _, s := range r.plan(snapshot, names).steps {
+			r.have.apply(s)
+		}
 	}
 	r.slots.stock(r.have)
-	return nil
+	r.ports.adopt(r.have)
 }
 
 // doReload replaces HAProxy's worker by one that runs the snapshot and has what
@@ -150,20 +143,14 @@ func (r *Router) target(snapshot *catalog.Snapshot) error {
 func (r *Router) doReload(ctx context.Context, snapshot *catalog.Snapshot) error {
 	began := time.Now()
 	reason := r.reload.reason
-	r.reload.reason = "" // what planning asks for is in this reload
 	r.attached = false
-	err := r.target(snapshot)
-	r.ports.adopt(r.have)
+	r.target(snapshot)
 	generation := r.nextGeneration()
 	if _, err := r.Stats(ctx); err != nil { // the new worker counts from 0
 		r.log.Warn("some requests are not counted", "err", err)
 	}
-	if err == nil {
-		err = r.replaceWorker(ctx, generation)
-	}
-	if err != nil {
+	if err := r.replaceWorker(ctx, generation); err != nil {
 		r.reload.failures++
-		r.reload.reason = reason
 		r.reload.notBefore = time.Now().Add(min(reloadEvery<<r.reload.failures, maxReloadWait))
 		return fmt.Errorf("reload HAProxy (%s): %w", reason, err)
 	}
@@ -174,24 +161,21 @@ func (r *Router) doReload(ctx context.Context, snapshot *catalog.Snapshot) error
 }
 
 func (r *Router) replaceWorker(ctx context.Context, generation int64) error {
-	files, err := r.render(generation)
+	files, err := r.render(generation)()
 	if err != nil {
 		return err
 	}
 	config := files[len(files)-1]
-	if err := writeAll(files[:len(files)-1]); err != nil {
+	candidate := config.path + ".candidate"
+	if err := r.disk.write(ctx, append(files[:len(files)-1], file{path: candidate, text: config.text})...); err != nil {
 		return err
-	}
-	candidate := r.disk.config() + ".candidate"
-	if err := os.WriteFile(candidate, config.text(), 0o600); err != nil {
-		return fmt.Errorf("write %s: %w", candidate, err)
 	}
 	out, err := exec.CommandContext(ctx, r.cfg.Binary, "-c", "-q", "-f", candidate).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("HAProxy refuses its new configuration, %s: %w: %.500s", candidate, err, out)
 	}
-	if err := os.Rename(candidate, r.disk.config()); err != nil {
-		return fmt.Errorf("replace %s: %w", r.disk.config(), err)
+	if err := r.disk.write(ctx, config, file{path: candidate, remove: true}); err != nil {
+		return err
 	}
 	master := &haproxy.Client{Socket: r.masterSocket()}
 	limit := time.Now().Add(5*time.Second + time.Duration(len(r.have.backends))*time.Millisecond)

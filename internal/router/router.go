@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -61,6 +62,9 @@ type Status struct {
 	Slots      int       `json:"slots"`    // backends declared
 	FreeSlots  int       `json:"free_slots"`
 	HostPorts  string    `json:"host_ports"` // "nftables" or "listeners"
+	// Refused are the services of which HAProxy does not run what is wanted: for
+	// each the first revision that it may lack. Applied goes on without them.
+	Refused map[string]int64 `json:"refused,omitempty"`
 	// Problems of this node alone, such as a host_port that another program has.
 	Problems []catalog.Problem `json:"problems"`
 	Err      string            `json:"error,omitempty"` // why it is not serving
@@ -106,11 +110,18 @@ type Router struct {
 	certs    certificates
 	disk     *disk
 	reload   reloading
-	failed   map[string]string // services that HAProxy refuses, and why
+	lacking  map[string]lack // by service
 	draining bool
 	counts   struct{ reloads, resyncs, drift, commands uint64 }
 	audit    auditor
 	start    chan struct{} // closed when HAProxy may be started
+}
+
+// lack is a service of which HAProxy does not run what is wanted.
+type lack struct {
+	since   int64 // the first revision that may be missing
+	why     string
+	refused bool // at run time; else it waits for a reload
 }
 
 type appliedMark struct {
@@ -130,7 +141,7 @@ func New(cfg Config, feed *catalog.Feed, log *slog.Logger) (*Router, error) {
 		client:   &haproxy.Client{Socket: filepath.Join(dir, "admin.sock")},
 		token:    rand.Text(),
 		requests: make(chan func()),
-		failed:   map[string]string{},
+		lacking:  map[string]lack{},
 		start:    make(chan struct{}),
 		have:     newState(),
 	}
@@ -288,63 +299,74 @@ func (r *Router) reconcile(ctx context.Context, snapshot *catalog.Snapshot, name
 func (r *Router) reconcileBatch(ctx context.Context, snapshot *catalog.Snapshot, names []string) error {
 	var refused map[string]string
 	for range 3 {
-		var steps []Step
-		for _, name := range names {
-			steps = append(steps, r.planService(snapshot.Service(name), name)...)
-		}
-		if len(steps) == 0 {
-			for _, name := range names {
-				delete(r.failed, name)
-			}
+		p := r.plan(snapshot, names)
+		if len(p.steps) == 0 {
+			r.note(snapshot, names, p.reload, nil)
 			return nil
 		}
 		var err error
-		if refused, err = r.execute(ctx, order(steps)); err != nil {
+		if refused, err = r.execute(ctx, p.steps); err != nil {
 			return err
 		}
 	}
 	// HAProxy refuses something. One service must not hold up the others: those
 	// that are left over wait for the next audit.
+	left, reload := map[string]string{}, map[string]string{}
 	for _, name := range names {
-		if len(r.planService(snapshot.Service(name), name)) == 0 {
-			delete(r.failed, name)
-			continue
+		p := r.plan(snapshot, []string{name})
+		if len(p.steps) > 0 {
+			left[name] = refused[name]
 		}
-		why := refused[name]
-		if r.failed[name] == "" {
-			r.log.Error("HAProxy refuses a change", "service", name, "reason", why)
-			r.reload.ask(time.Now(), "a change of service "+name+" was refused at run time")
-		}
-		r.failed[name] = why
+		maps.Copy(reload, p.reload)
 	}
+	r.note(snapshot, names, reload, left)
 	return nil
 }
 
-// planService returns the steps for one service; svc is nil when it is gone, or
-// when name is nobody.
-func (r *Router) planService(svc *catalog.Service, name string) []Step {
-	w := want(svc, offers{hostPort: svc != nil && r.mayOpen(svc), sni: r.cfg.SNIPort != 0})
-	if name == nobody {
-		w = wantOfNobody(r.have)
+// plan plans for the named services, and takes and gives up backends for them.
+func (r *Router) plan(snapshot *catalog.Snapshot, names []string) plan {
+	for _, name := range names {
+		r.ports.look(snapshot.Service(name))
 	}
-	var steps []Step
-	backend := ""
-	if w.service != "" {
-		var ok, isNew bool
-		backend, isNew, ok = r.slots.assign(name, w.class, r.have)
-		if !ok {
-			r.reload.ask(time.Now(), "no free backend of class "+w.class.Code())
-			return nil
+	p := planServices(view{snapshot: snapshot, have: r.have, slots: &r.slots, ports: &r.ports, sni: r.cfg.SNIPort != 0}, names)
+	now := time.Now()
+	for _, m := range p.moves {
+		r.slots.apply(m, now)
+		if m.backend != "" {
+			r.owners.Store(m.backend, m.service)
 		}
-		r.owners.Store(backend, name)
-		if isNew {
-			steps = append(steps, Step{Do: MakeBackend, Backend: backend, Reason: "service " + name + " is new"})
-		}
-		steps = append(steps, planServers(backend, w.servers, r.have.backends[backend])...)
-	} else {
-		r.slots.release(name, time.Now())
 	}
-	return append(steps, planRoutes(name, backend, w, r.have)...)
+	return p
+}
+
+// note remembers which of the named services lack something: those that wait for a
+// reload, which it asks for, and those that HAProxy has refused, each with the reason.
+func (r *Router) note(snapshot *catalog.Snapshot, names []string, reload, refused map[string]string) {
+	since := r.done.Rev() + 1
+	if snapshot == r.done { // somebody else has changed HAProxy
+		since--
+	}
+	now := time.Now()
+	for _, name := range names {
+		was, old := r.lacking[name]
+		if !old {
+			was.since = since
+		}
+		why, isRefused := refused[name]
+		switch {
+		case isRefused:
+			if !was.refused {
+				r.log.Error("HAProxy refuses a change", "service", name, "reason", why)
+				r.reload.ask(now, "a change of service "+name+" was refused at run time")
+			}
+			r.lacking[name] = lack{was.since, why, true}
+		case reload[name] != "":
+			r.reload.ask(now, reload[name])
+			r.lacking[name] = lack{was.since, reload[name], false}
+		default:
+			delete(r.lacking, name)
+		}
+	}
 }
 
 // ticksPerSecond is how often housekeeping runs: little at a time, because
@@ -385,12 +407,18 @@ func (r *Router) publish(err error) {
 		Reloads: r.counts.reloads, LastReload: r.reload.last,
 		Resyncs: r.counts.resyncs, Drift: r.counts.drift, Commands: r.counts.commands,
 		Slots: r.slots.total(), FreeSlots: r.slots.total() - len(r.slots.used),
-		HostPorts: r.ports.mode(), Problems: r.problems(), Err: errorText(err),
+		HostPorts: r.ports.mode(), Refused: map[string]int64{}, Problems: r.problems(), Err: errorText(err),
 	}
 	if r.attached {
 		s.Pid = r.disk.pid
 	}
-	if err == nil && r.done != nil && !r.reload.pending() && len(r.failed) == 0 && r.done.Revision != old.Applied {
+	for name := range r.refused() {
+		s.Refused[name] = r.lacking[name].since
+	}
+	// A reload is waited for, unless it fails: then the services that need it are
+	// refused, and the others go on.
+	waiting := r.reload.pending() && r.reload.failures == 0
+	if err == nil && r.done != nil && !waiting && r.done.Revision != old.Applied {
 		s.Applied, s.AppliedAt = r.done.Revision, time.Now()
 	}
 	r.status.Store(s)
@@ -402,7 +430,7 @@ func (r *Router) publish(err error) {
 
 func (r *Router) problems() []catalog.Problem {
 	problems := slices.Concat([]catalog.Problem{}, r.ports.problems(), r.certs.problems)
-	for name, why := range r.failed {
+	for name, why := range r.refused() {
 		problems = append(problems, catalog.Problem{
 			Key:    catalog.Prefix + name,
 			Reason: "HAProxy refuses it: " + why,
@@ -410,6 +438,17 @@ func (r *Router) problems() []catalog.Problem {
 		})
 	}
 	return problems
+}
+
+// refused returns the services that will lack something for longer, and why.
+func (r *Router) refused() map[string]string {
+	services := map[string]string{}
+	for name, l := range r.lacking {
+		if l.refused || r.reload.failures > 0 {
+			services[name] = l.why
+		}
+	}
+	return services
 }
 
 // Status returns the router's state now. It never blocks.
@@ -437,7 +476,7 @@ func (r *Router) SetDraining(draining bool) error {
 
 func (r *Router) setDraining(draining bool) error {
 	r.draining = draining
-	r.disk.touch(haproxy.StateMap)
+	r.disk.stale = true
 	r.writeFiles(time.Time{})
 	if !r.attached {
 		return nil

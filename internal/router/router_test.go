@@ -2,10 +2,13 @@ package router
 
 import (
 	"fmt"
+	"log/slog"
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
 
+	"flotilla/internal/catalog"
 	"flotilla/internal/haproxy"
 )
 
@@ -113,6 +116,41 @@ func TestRouteToNowhere(t *testing.T) {
 			t.Errorf("%d, want 503: %s", status, body)
 		}
 	})
+}
+
+// TestRefusedServiceHoldsUpNobody takes the answers of HAProxy as given: a service
+// that it refuses, or that waits for a reload that fails, is named with the first
+// revision that it may lack, and the applied revision goes on without it.
+func TestRefusedServiceHoldsUpNobody(t *testing.T) {
+	r, err := New(testConfig(t, ""), catalog.NewFeed(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.disk = newDisk(r.cfg.Dir, r.log)
+	r.attached = true
+	step := func(revision int64, refused, reload map[string]string) Status {
+		snapshot := &catalog.Snapshot{Revision: revision}
+		r.note(snapshot, []string{"web", "api", "db"}, reload, refused)
+		r.done = snapshot
+		r.publish(nil)
+		return r.Status()
+	}
+	check := func(when string, s Status, applied int64, refused map[string]int64) {
+		t.Helper()
+		if s.Applied != applied || !maps.Equal(s.Refused, refused) || len(s.Problems) != len(refused) {
+			t.Errorf("%s: applied %d, refused %v, problems %v, want %d and %v", when, s.Applied, s.Refused, s.Problems, applied, refused)
+		}
+	}
+	check("all is well", step(10, nil, nil), 10, map[string]int64{})
+	no := map[string]string{"web": "no"}
+	check("a reload may help", step(20, no, nil), 10, map[string]int64{"web": 11})
+	r.reload = reloading{}
+	check("it did not", step(30, no, nil), 30, map[string]int64{"web": 11})
+	check("another one waits for a reload", step(40, no, map[string]string{"api": "no free backend"}), 30, map[string]int64{"web": 11})
+	r.reload.failures = 1
+	check("which fails", step(50, no, map[string]string{"api": "no free backend"}), 50, map[string]int64{"web": 11, "api": 31})
+	r.reload = reloading{}
+	check("all is well again", step(60, nil, nil), 60, map[string]int64{})
 }
 
 func TestErrorPagesNameNodeAndService(t *testing.T) {

@@ -136,48 +136,61 @@ const (
 func (s *slots) stock(have *state) {
 	fresh := s.fresh[haproxy.Class{Balance: "leastconn"}]
 	for _, backend := range fresh[max(0, len(fresh)-stocked):] {
-		servers := have.backends[backend]
+		servers := maps.Clone(have.backends[backend])
 		for i := len(servers); i < spareServers; i++ {
 			name := haproxy.ServerName(i+1, haproxy.ServerOptions{})
 			servers[name] = haproxy.Server{Name: name, Addr: haproxy.Spare, Weight: 100, State: haproxy.Maint}
 		}
+		have.backends[backend] = servers
 	}
 }
 
-// assign returns the service's backend of the class, taking a free one if it has
-// none; isNew says that it must be made, or published again, first. The backend of another class that
-// the service had is retired.
-func (s *slots) assign(service string, class haproxy.Class, have *state) (backend string, isNew, ok bool) {
-	old, had := s.used[service]
-	if c, _ := haproxy.ClassOf(old); had && c == class {
-		_, exists := have.backends[old]
-		return old, !exists, true
+// pick returns the backend that the service is to have: its own one if that is of
+// the class, else a free one. isNew says that it must be made, or published again,
+// first. taken counts the free backends of each class that are picked already.
+func (s *slots) pick(service string, class haproxy.Class, have *state, taken map[haproxy.Class]int) (backend string, isNew, ok bool) {
+	if old, had := s.used[service]; had {
+		if c, _ := haproxy.ClassOf(old); c == class {
+			_, exists := have.backends[old]
+			return old, !exists, true
+		}
 	}
-	switch fresh := s.fresh[class]; {
-	case s.runtime:
-		backend = class.BackendName(service)
-		isNew = true // if it exists it may be unpublished, on its way to be removed
-		gone := func(r retired) bool { return r.backend == backend }
-		s.retiring = slices.DeleteFunc(s.retiring, gone)
-		s.resting = slices.DeleteFunc(s.resting, gone)
-	case len(fresh) > 0:
-		backend = fresh[len(fresh)-1]
-		s.fresh[class] = fresh[:len(fresh)-1]
-	default:
+	if s.runtime {
+		return class.BackendName(service), true, true // if it exists it may be unpublished, on its way to be removed
+	}
+	fresh := s.fresh[class]
+	n := len(fresh) - taken[class]
+	if n == 0 {
 		return "", false, false
 	}
-	if had {
-		s.retiring = append(s.retiring, retired{old, time.Now()})
-	}
-	s.used[service] = backend
-	return backend, isNew, true
+	taken[class]++
+	return fresh[n-1], false, true
 }
 
-// release gives up the service's backend.
-func (s *slots) release(service string, now time.Time) {
-	if backend, ok := s.used[service]; ok {
-		delete(s.used, service)
-		s.retiring = append(s.retiring, retired{backend, now})
+// apply carries out a move. A backend that is given up is retired.
+func (s *slots) apply(m move, now time.Time) {
+	old := s.used[m.service]
+	if old == m.backend {
+		return
+	}
+	if old != "" {
+		s.retiring = append(s.retiring, retired{old, now})
+		delete(s.used, m.service)
+	}
+	if m.backend == "" {
+		return
+	}
+	s.used[m.service] = m.backend
+	is := func(r retired) bool { return r.backend == m.backend }
+	s.retiring = slices.DeleteFunc(s.retiring, is)
+	s.resting = slices.DeleteFunc(s.resting, is)
+	class, _ := haproxy.ClassOf(m.backend)
+	fresh := s.fresh[class]
+	for at := len(fresh) - 1; at >= 0; at-- { // it is nearly always the last one
+		if fresh[at] == m.backend {
+			s.fresh[class] = slices.Delete(fresh, at, at+1)
+			break
+		}
 	}
 }
 
@@ -277,6 +290,6 @@ func (r *Router) removeBackend(ctx context.Context, backend string) (bool, error
 		return false, r.readBack(ctx, []string{backend}, nil)
 	}
 	delete(r.have.backends, backend)
-	r.disk.forget(backend)
+	r.disk.stale = true
 	return true, nil
 }

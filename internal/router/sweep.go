@@ -95,7 +95,9 @@ func (r *Router) sweep(ctx context.Context, now time.Time) error {
 	}
 	for _, id := range gone {
 		if !left[id] { // only that: a change by somebody else is for the audit to find
-			delete(r.have.backends[id.backend], id.server)
+			servers := maps.Clone(r.have.backends[id.backend])
+			delete(servers, id.server)
+			r.have.backends[id.backend] = servers
 			delete(sw.parked, id)
 		}
 	}
