@@ -18,6 +18,7 @@ import (
 
 	"flotilla/internal/catalog"
 
+	"flotilla/internal/wire"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -61,18 +62,6 @@ type Server struct {
 type tally struct {
 	local, forwarded, cached, stale, errors, dropped atomic.Uint64
 	_                                                [64]byte
-}
-
-// Stats are counters since the Server was made.
-type Stats struct {
-	Local            uint64 // answered from the catalog
-	Forwarded        uint64 // answered by an upstream
-	Cached           uint64 // answered from fresh answers kept
-	Stale            uint64 // answered from expired ones, because no upstream answered in time
-	Errors           uint64 // answered FORMERR, NOTIMP, REFUSED or SERVFAIL by this server itself
-	Dropped          uint64 // not answered: not a DNS question at all
-	UpstreamFailures uint64 // tries of an upstream without a usable answer
-	CacheEntries     int    // answers kept now
 }
 
 // New returns a Server that answers from feed's newest snapshot. It opens
@@ -155,8 +144,8 @@ func (s *Server) Addrs() []netip.AddrPort {
 }
 
 // Stats returns the counters.
-func (s *Server) Stats() Stats {
-	st := Stats{
+func (s *Server) Stats() wire.DNSStats {
+	st := wire.DNSStats{
 		UpstreamFailures: s.forward.failures.Load(),
 		CacheEntries:     s.forward.cache.len(),
 	}

@@ -22,6 +22,7 @@ import (
 	"flotilla/internal/catalog"
 	"flotilla/internal/child"
 	"flotilla/internal/haproxy"
+	"flotilla/internal/wire"
 )
 
 // Config is what a node decides about its router.
@@ -45,47 +46,6 @@ type Config struct {
 	MaxConnections int    // 0: from the limit of open files
 }
 
-// Status is what the router says of itself.
-type Status struct {
-	Serving    bool      `json:"serving"` // HAProxy answers and runs Applied
-	Applied    int64     `json:"applied"` // catalog revision that HAProxy runs
-	AppliedAt  time.Time `json:"applied_at"`
-	Draining   bool      `json:"draining"` // the balancer's check answers 503
-	Version    string    `json:"haproxy_version"`
-	Pid        int       `json:"haproxy_pid"` // of the worker
-	Generation int64     `json:"generation"`  // of the configuration file that the worker loaded
-	Reloads    uint64    `json:"reloads"`     // asked by us since the node started
-	LastReload string    `json:"last_reload,omitempty"`
-	Resyncs    uint64    `json:"resyncs"`  // full comparisons with HAProxy
-	Drift      uint64    `json:"drift"`    // differences that audits found and removed
-	Commands   uint64    `json:"commands"` // Runtime API commands sent
-	Slots      int       `json:"slots"`    // backends declared
-	FreeSlots  int       `json:"free_slots"`
-	HostPorts  string    `json:"host_ports"` // "nftables" or "listeners"
-	// Refused are the services of which HAProxy does not run what is wanted: for
-	// each the first revision that it may lack. Applied goes on without them.
-	Refused map[string]int64 `json:"refused,omitempty"`
-	// Problems of this node alone, such as a host_port that another program has.
-	Problems []catalog.Problem `json:"problems"`
-	Err      string            `json:"error,omitempty"` // why it is not serving
-}
-
-// ServiceStats are HAProxy's own counters for one service since this node's
-// router began to count; they never go back while the node runs.
-type ServiceStats struct {
-	Service        string
-	Requests       [6]uint64 // answers by class: [1] is 1xx .. [5] is 5xx, [0] other; for tcp all zero
-	Connections    uint64    // sessions
-	Errors         uint64    // connection errors, response errors and aborts by the endpoint
-	Retries        uint64
-	BytesIn        uint64
-	BytesOut       uint64
-	Active         int     // sessions now
-	Queued         int     // requests waiting for an endpoint now
-	ResponseMillis float64 // average time to the answer's headers over the last 1,024 requests
-	TotalMillis    float64 // average whole time over the last 1,024 requests
-}
-
 // Router drives one HAProxy. Make it with New and start it with Run.
 type Router struct {
 	cfg     Config
@@ -95,7 +55,7 @@ type Router struct {
 	version haproxy.Version
 	token   string // tells this process's attachment from any other
 
-	status   atomic.Pointer[Status]
+	status   atomic.Pointer[wire.RouterStatus]
 	applied  atomic.Pointer[appliedMark]
 	requests chan func() // run by the loop
 	owners   sync.Map    // service name by backend, for Stats
@@ -146,7 +106,7 @@ func New(cfg Config, feed *catalog.Feed, log *slog.Logger) (*Router, error) {
 		have:     newState(),
 	}
 	r.applied.Store(&appliedMark{replaced: make(chan struct{})})
-	r.status.Store(&Status{})
+	r.status.Store(&wire.RouterStatus{})
 	return r, nil
 }
 
@@ -401,7 +361,7 @@ func (r *Router) housekeeping(ctx context.Context, second bool) {
 // publish makes the loop's state visible to others.
 func (r *Router) publish(err error) {
 	old := r.status.Load()
-	s := &Status{
+	s := &wire.RouterStatus{
 		Serving: r.attached, Applied: old.Applied, AppliedAt: old.AppliedAt, Draining: r.draining,
 		Version: r.version.Full, Pid: old.Pid, Generation: r.reload.generation,
 		Reloads: r.counts.reloads, LastReload: r.reload.last,
@@ -452,7 +412,7 @@ func (r *Router) refused() map[string]string {
 }
 
 // Status returns the router's state now. It never blocks.
-func (r *Router) Status() Status { return *r.status.Load() }
+func (r *Router) Status() wire.RouterStatus { return *r.status.Load() }
 
 // Applied returns the catalog revision that HAProxy runs and a channel that is
 // closed when it changes.

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"flotilla/internal/catalog"
+	"flotilla/internal/wire"
 	"flotilla/internal/haproxy"
 )
 
@@ -128,14 +129,14 @@ func TestRefusedServiceHoldsUpNobody(t *testing.T) {
 	}
 	r.disk = newDisk(r.cfg.Dir, r.log)
 	r.attached = true
-	step := func(revision int64, refused, reload map[string]string) Status {
+	step := func(revision int64, refused, reload map[string]string) wire.RouterStatus {
 		snapshot := &catalog.Snapshot{Revision: revision}
 		r.note(snapshot, []string{"web", "api", "db"}, reload, refused)
 		r.done = snapshot
 		r.publish(nil)
 		return r.Status()
 	}
-	check := func(when string, s Status, applied int64, refused map[string]int64) {
+	check := func(when string, s wire.RouterStatus, applied int64, refused map[string]int64) {
 		t.Helper()
 		if s.Applied != applied || !maps.Equal(s.Refused, refused) || len(s.Problems) != len(refused) {
 			t.Errorf("%s: applied %d, refused %v, problems %v, want %d and %v", when, s.Applied, s.Refused, s.Problems, applied, refused)

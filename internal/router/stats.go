@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"flotilla/internal/haproxy"
+	"flotilla/internal/wire"
 )
 
 // statistics turns HAProxy's counters, which begin anew with every reload and go
@@ -18,7 +19,7 @@ type statistics struct {
 	mu   sync.Mutex // guards the rest, from the reading of HAProxy's counters to their use
 	pid  string     // of the worker that last is about
 	last map[string][counterCount]uint64
-	sums map[string]*ServiceStats
+	sums map[string]*wire.ServiceCounters
 }
 
 // counterColumns are the columns of "show stat" that only grow.
@@ -28,7 +29,7 @@ const counterCount = len(counterColumns)
 
 // Stats reads every service's counters from HAProxy. What an old worker counts
 // after a reload is missing.
-func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) {
+func (r *Router) Stats(ctx context.Context) ([]wire.ServiceCounters, error) {
 	st := &r.stats
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -38,18 +39,18 @@ func (r *Router) Stats(ctx context.Context) ([]ServiceStats, error) {
 	}
 	st.meet(answers[0])
 	for _, sum := range st.sums {
-		sum.Active, sum.Queued, sum.ResponseMillis, sum.TotalMillis = 0, 0, 0, 0
+		sum.Active, sum.Queued, sum.ResponseMS, sum.TotalMS = 0, 0, 0, 0
 	}
 	for _, row := range haproxy.ParseStats(r.ownedRows(answers[1].Text)) {
 		if owner, ok := r.owners.Load(row["pxname"]); ok {
 			st.add(row, owner.(string))
 		}
 	}
-	all := make([]ServiceStats, 0, len(st.sums))
+	all := make([]wire.ServiceCounters, 0, len(st.sums))
 	for _, sum := range st.sums {
 		all = append(all, *sum)
 	}
-	slices.SortFunc(all, func(a, b ServiceStats) int { return cmp.Compare(a.Service, b.Service) })
+	slices.SortFunc(all, func(a, b wire.ServiceCounters) int { return cmp.Compare(a.Service, b.Service) })
 	return all, nil
 }
 
@@ -80,11 +81,11 @@ func (st *statistics) add(row map[string]string, service string) {
 		return n
 	}
 	if st.sums == nil {
-		st.sums = map[string]*ServiceStats{}
+		st.sums = map[string]*wire.ServiceCounters{}
 	}
 	sum := st.sums[service]
 	if sum == nil {
-		sum = &ServiceStats{Service: service}
+		sum = &wire.ServiceCounters{Service: service}
 		st.sums[service] = sum
 	}
 	var now, delta [counterCount]uint64
@@ -105,7 +106,7 @@ func (st *statistics) add(row map[string]string, service string) {
 	sum.Active += int(number("scur"))
 	sum.Queued += int(number("qcur"))
 	if strings.EqualFold(row["mode"], "http") {
-		sum.ResponseMillis = max(sum.ResponseMillis, float64(number("rtime")))
+		sum.ResponseMS = max(sum.ResponseMS, float64(number("rtime")))
 	}
-	sum.TotalMillis = max(sum.TotalMillis, float64(number("ttime")))
+	sum.TotalMS = max(sum.TotalMS, float64(number("ttime")))
 }

@@ -10,10 +10,11 @@ import (
 	"time"
 
 	"flotilla/internal/haproxy"
+	"flotilla/internal/wire"
 )
 
 // counted returns the counters of one service.
-func (b *bed) counted(service string) ServiceStats {
+func (b *bed) counted(service string) wire.ServiceCounters {
 	b.t.Helper()
 	all, err := b.router.Stats(b.t.Context())
 	if err != nil {
@@ -24,7 +25,7 @@ func (b *bed) counted(service string) ServiceStats {
 			return s
 		}
 	}
-	return ServiceStats{Service: service}
+	return wire.ServiceCounters{Service: service}
 }
 
 // hurryRest makes the backends that rest free, and lets the lowest of them be
