@@ -9,8 +9,8 @@ import (
 	"testing"
 
 	"flotilla/internal/catalog"
-	"flotilla/internal/wire"
 	"flotilla/internal/haproxy"
+	"flotilla/internal/wire"
 )
 
 func TestRoutesByHostAndPath(t *testing.T) {
