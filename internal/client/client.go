@@ -264,7 +264,7 @@ func (c *Client) Confirm(ctx context.Context) (Written, error) {
 	return w, err
 }
 
-// RemoveMember takes the member of that name or ID out of the store for good.
+// RemoveMember takes the member of that name, ID or address out of the store for good.
 // With code conflict the store is not ready for that yet.
 func (c *Client) RemoveMember(ctx context.Context, member string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/store/members/"+neturl.PathEscape(member), nil, nil, nil)
