@@ -39,7 +39,6 @@ var packages = map[string]struct {
 	"client":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 	"child":   {layer: 3, mustNotKnow: []string{"catalog"}},
 	"haproxy": {layer: 3, mustNotKnow: []string{"catalog"}},
-	"nspawn":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 	"peer":    {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 	"remote":  {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
 	"store":   {layer: 3, mustNotKnow: []string{"catalog", "unit"}},
@@ -56,6 +55,9 @@ var packages = map[string]struct {
 	"logs":      {layer: 6, mustNotKnow: []string{"haproxy", "catalog", "remote"}},
 	"fleetapi":  {layer: 6, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 	"provision": {layer: 6, mustNotKnow: []string{"catalog", "unit", "state"}},
+
+	// Platforms stand above the interface that they implement.
+	"nspawn": {layer: 7, mustNotKnow: []string{"api", "catalog", "client", "remote", "state", "store", "systemd", "unit"}},
 
 	"cli":  {layer: 8, mustNotKnow: []string{"api", "fleetapi", "logs", "agent", "engine", "router", "dns", "store", "state", "systemd", "haproxy"}},
 	"node": {layer: 8},

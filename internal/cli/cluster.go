@@ -13,18 +13,15 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"flotilla/internal/nspawn"
+	"flotilla/internal/provision"
 )
 
 // defaultCluster is the cluster of who names none.
 const defaultCluster = "tryout"
-
-// How long a node may take to shut down before its power is cut.
-const powerOffLimit = 30 * time.Second
 
 func (c *cli) clusterCommand() *cobra.Command {
 	cmd := group("cluster", "Run a whole cluster on this machine, to try things out",
@@ -42,7 +39,8 @@ on a private network and ssh. It needs root. A cluster without a name is called
 // local is the cluster on this machine that a command is about.
 type local struct {
 	*nspawn.Cluster
-	host *nspawn.Host
+	host  *nspawn.Host
+	nodes *provision.Cluster // its machines as nodes
 }
 
 // localHost returns this machine as a host of clusters.
@@ -75,7 +73,7 @@ func openLocal(cmd *cobra.Command, name string, there bool) (local, error) {
 	if there && !cl.Exists() {
 		return local{}, hinted{fmt.Errorf("there is no cluster %s on this machine", name), []string{"flotilla cluster list", "flotilla cluster up " + name}}
 	}
-	return local{cl, h}, nil
+	return local{cl, h, &provision.Cluster{Provider: cl, Name: name}}, nil
 }
 
 func argument(args []string, i int) string {
@@ -83,6 +81,18 @@ func argument(args []string, i int) string {
 		return args[i]
 	}
 	return ""
+}
+
+// wishes returns what an earlier up was told about the cluster: the number of
+// nodes, and whether down keeps their data. They are 0 and false if there was none.
+func (l local) wishes() (nodes int, keep bool) {
+	labels, _, _ := l.Labels()
+	nodes, _ = strconv.Atoi(labels["nodes"])
+	return nodes, labels["keep"] == "yes"
+}
+
+func labels(nodes int, keep bool) map[string]string {
+	return map[string]string{"nodes": strconv.Itoa(nodes), "keep": yes(keep)}
 }
 
 func (c *cli) clusterDown() *cobra.Command {
@@ -97,31 +107,71 @@ next up; --keep=false removes them nevertheless.`,
 			if err != nil {
 				return err
 			}
-			w, was := cmd.OutOrStdout(), l.Exists()
 			if !cmd.Flags().Changed("keep") {
-				keep = wishes(l).keep
+				_, keep = l.wishes()
 			}
-			if keep && was {
-				if err := l.Stop(cmd.Context(), powerOffLimit); err != nil {
-					return err
-				}
-				Say(w, "%s: stopped; flotilla cluster up %s starts it again\n", l.Name(), l.Name())
-				return nil
+			was, said := l.Exists(), "removed"
+			switch {
+			case was && keep:
+				err, said = l.Stop(cmd.Context()), "stopped; flotilla cluster up "+l.Name()+" starts it again"
+			case was:
+				err = l.Remove(cmd.Context())
+			default: // what a damaged record leaves behind is removed too
+				err, said = l.Remove(cmd.Context()), "there is no such cluster on this machine"
 			}
-			// What a damaged record leaves behind is removed too.
-			if err := l.Remove(cmd.Context()); err != nil {
-				return err
+			if err == nil {
+				Say(cmd.OutOrStdout(), "%s: %s\n", l.Name(), said)
 			}
-			if !was {
-				Say(w, "%s: there is no such cluster on this machine\n", l.Name())
-				return nil
-			}
-			Say(w, "%s: removed\n", l.Name())
-			return nil
+			return err
 		},
 	}
 	cmd.Flags().BoolVar(&keep, "keep", false, "keep what the nodes have written, for the next up")
 	return cmd
+}
+
+func (c *cli) clusterRemove() *cobra.Command {
+	force := false
+	cmd := &cobra.Command{
+		Use: "remove [NAME] NODE", Short: "Take a node out of its cluster and destroy it", Args: Between(1, 2, "a node, or a cluster and a node"),
+		Long: `Take a node out of its cluster's store and destroy it with all it has written. With
+--force it is destroyed even if the store cannot be told.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 2 {
+				c.cluster, args = args[0], args[1:]
+			}
+			return c.onNode(func(cmd *cobra.Command, l local, m provision.Machine, _ []string) error {
+				return l.remove(cmd, m.Name, force)
+			})(cmd, args)
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "destroy it even if the store cannot be told")
+	return cmd
+}
+
+func (l local) remove(cmd *cobra.Command, name string, force bool) error {
+	ctx := cmd.Context()
+	machines, err := l.List(ctx)
+	if err != nil {
+		return err
+	}
+	if len(machines) == 1 {
+		return hinted{fmt.Errorf("%s is the only node of cluster %s", name, l.Name()), []string{"flotilla cluster down " + l.Name()}}
+	}
+	if err := l.nodes.Leave(ctx, name); err != nil {
+		if !force {
+			return hinted{fmt.Errorf("take %s out of the store: %w", name, err), []string{"destroy it all the same: " + cmd.CommandPath() + " --force " + l.Name() + " " + name}}
+		}
+		Say(cmd.ErrOrStderr(), "flotilla: the store still counts %s: %v\n", name, err)
+	}
+	if err := l.Destroy(ctx, name); err != nil {
+		return err
+	}
+	_, keep := l.wishes()
+	if err := l.Found(ctx, labels(len(machines)-1, keep)); err != nil {
+		return err
+	}
+	Say(cmd.OutOrStdout(), "%s/%s: removed\n", l.Name(), name)
+	return nil
 }
 
 func (c *cli) clusterList() *cobra.Command {
@@ -132,46 +182,20 @@ func (c *cli) clusterList() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			names, err := h.Clusters()
+			clusters, err := h.Summaries(cmd.Context())
 			if err != nil {
 				return err
 			}
-			type line struct {
-				Name    string `json:"name"`
-				Nodes   int    `json:"nodes"`
-				Running int    `json:"running"`
-				Network string `json:"network"`
-			}
-			lines := []line{}
-			rows := [][]string{{"CLUSTER", "NODES", "RUNNING", "NETWORK"}}
-			for _, name := range names {
-				cl, err := h.Cluster(name)
-				if err != nil {
-					continue // not one of ours
-				}
-				machines, err := cl.List(cmd.Context())
-				if err != nil {
-					return err
-				}
-				_, prefix, err := cl.Labels()
-				if err != nil && !errors.Is(err, nspawn.ErrNotFound) {
-					return err
-				}
-				l := line{Name: name, Nodes: len(machines), Network: prefix.String()}
-				for _, m := range machines {
-					if m.Running {
-						l.Running++
-					}
-				}
-				lines = append(lines, l)
-				rows = append(rows, []string{l.Name, strconv.Itoa(l.Nodes), strconv.Itoa(l.Running), l.Network})
-			}
 			if c.output == "json" {
-				return SayJSON(cmd.OutOrStdout(), lines)
+				return SayJSON(cmd.OutOrStdout(), clusters)
 			}
-			if len(lines) == 0 {
+			if len(clusters) == 0 {
 				Say(cmd.OutOrStdout(), "no clusters on this machine; flotilla cluster up makes one\n")
 				return nil
+			}
+			rows := [][]string{{"CLUSTER", "NODES", "RUNNING", "NETWORK"}}
+			for _, s := range clusters {
+				rows = append(rows, []string{s.Name, strconv.Itoa(s.Machines), strconv.Itoa(s.Running), s.Network.String()})
 			}
 			table(cmd.OutOrStdout(), rows...)
 			return nil
@@ -187,20 +211,24 @@ func (c *cli) clusterStatus() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			states, err := statesOf(cmd.Context(), l)
+			nodes, err := l.nodes.Nodes(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if c.output == "json" {
-				return SayJSON(cmd.OutOrStdout(), states)
-			}
 			rows := [][]string{{"NODE", "ADDRESS", "DEBIAN", "STATE", "METADATA", ""}}
-			for _, s := range states {
-				var metadata []string
-				for _, k := range slices.Sorted(maps.Keys(s.Labels)) {
-					metadata = append(metadata, k+"="+s.Labels[k])
+			for i := range nodes {
+				n := &nodes[i]
+				if !n.Complete {
+					n.Missing = "flotilla cluster up finishes it"
 				}
-				rows = append(rows, []string{s.Name, s.Address.String(), s.Release, s.State, dash(strings.Join(metadata, ",")), s.Missing})
+				var metadata []string
+				for _, k := range slices.Sorted(maps.Keys(n.Labels)) {
+					metadata = append(metadata, k+"="+n.Labels[k])
+				}
+				rows = append(rows, []string{n.Name, n.Address.String(), n.Release, n.State, dash(strings.Join(metadata, ",")), n.Missing})
+			}
+			if c.output == "json" {
+				return SayJSON(cmd.OutOrStdout(), nodes)
 			}
 			table(cmd.OutOrStdout(), rows...)
 			return nil

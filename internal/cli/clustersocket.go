@@ -77,7 +77,7 @@ func liveSocket(host *nspawn.Host, cluster string) (string, error) {
 		return "", err
 	}
 	for _, m := range machines {
-		socket := filepath.Join(dir, m.Name(), nodeSocket)
+		socket := filepath.Join(dir, m.Name(), "node.sock")
 		if conn, err := net.Dial("unix", socket); err == nil {
 			_ = conn.Close() // nothing was said
 			return socket, nil

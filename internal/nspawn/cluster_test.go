@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"flotilla/internal/nodeconfig"
 	"flotilla/internal/nspawn"
 	"flotilla/internal/nspawn/nspawntest"
+	"flotilla/internal/provision"
 )
 
 // host returns this machine with a state of its own and the usual cache.
@@ -25,9 +27,9 @@ func host(t *testing.T) *nspawn.Host {
 	return h
 }
 
-func create(t *testing.T, c *nspawn.Cluster, s nspawn.Spec) nspawn.Machine {
+func create(t *testing.T, c *nspawn.Cluster, s provision.Spec) provision.Machine {
 	t.Helper()
-	m, err := c.Create(t.Context(), s)
+	m, err := c.Make(t.Context(), s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +43,7 @@ func TestMachine(t *testing.T) {
 			h := host(t)
 			c := nspawntest.Cluster(t, h, "t"+release[:3])
 			began := time.Now()
-			m := create(t, c, nspawn.Spec{Name: "n1", Release: release, Labels: map[string]string{"zone": "a"}, Files: []nspawn.File{
+			m := create(t, c, provision.Spec{Name: "n1", Release: release, Labels: map[string]string{"zone": "a"}, Files: []nodeconfig.File{
 				{Path: "/etc/flotilla/x.yaml", Text: "hello\n", Mode: 0o600},
 				{Path: "/usr/local/bin/tool", Source: "/bin/true", Mode: 0o755},
 				{Path: "/usr/local/bin/link", Link: "tool"},
@@ -80,8 +82,8 @@ func TestMachine(t *testing.T) {
 
 func TestPower(t *testing.T) {
 	c := nspawntest.Cluster(t, host(t), "tpower")
-	create(t, c, nspawn.Spec{Name: "n1"})
-	create(t, c, nspawn.Spec{Name: "n2"})
+	create(t, c, provision.Spec{Name: "n1"})
+	create(t, c, provision.Spec{Name: "n2"})
 	if got := nspawntest.On(t, c, "n1", "getent hosts n2"); !strings.HasSuffix(got, "n2") {
 		t.Errorf("n1 knows n2 as %q", got)
 	}
@@ -94,25 +96,25 @@ func TestPower(t *testing.T) {
 		what string
 		do   func() error
 	}{
-		{"reboot", func() error { return c.Reboot(ctx, "n1") }},
+		{"reboot", func() error { return c.Power(ctx, "n1", provision.Reboot) }},
 		{"reboot from inside", func() error {
 			_ = c.SSH(ctx, "n1", "systemctl reboot").Run() // the connection breaks
 			return nil
 		}},
 		{"power cut", func() error {
-			if err := c.PowerCut(ctx, "n1"); err != nil {
+			if err := c.Power(ctx, "n1", provision.PowerCut); err != nil {
 				return err
 			}
-			return c.PowerOn(ctx, "n1")
+			return c.Power(ctx, "n1", provision.PowerOn)
 		}},
 		{"power off", func() error {
-			if err := c.PowerOff(ctx, "n1", 30*time.Second); err != nil {
+			if err := c.Power(ctx, "n1", provision.PowerOff); err != nil {
 				return err
 			}
 			if list, err := c.List(ctx); err != nil || list[0].Running || !list[1].Running {
 				t.Errorf("after the power off: %+v, %v", list, err)
 			}
-			return c.PowerOn(ctx, "n1")
+			return c.Power(ctx, "n1", provision.PowerOn)
 		}},
 	}
 	for _, s := range steps {
@@ -137,23 +139,23 @@ func TestPower(t *testing.T) {
 		}
 	}
 
-	if err := c.CutLink(ctx, "n1"); err != nil {
+	if err := c.SetLink(ctx, "n1", false); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := c.SSH(ctx, "n2", "nc -z -w1 n1 22").CombinedOutput(); err == nil {
 		t.Errorf("n2 reaches n1 although its link is cut: %s", out)
 	}
-	if err := c.RestoreLink(ctx, "n1"); err != nil {
+	if err := c.SetLink(ctx, "n1", true); err != nil {
 		t.Fatal(err)
 	}
 	nspawntest.Ready(t, c, "n1")
 	nspawntest.On(t, c, "n2", "nc -z -w5 n1 22")
 
-	if err := c.Stop(ctx, 30*time.Second); err != nil {
+	if err := c.Stop(ctx); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"n1", "n2"} {
-		create(t, c, nspawn.Spec{Name: name})
+		create(t, c, provision.Spec{Name: name})
 	}
 	if got := nspawntest.On(t, c, "n1", "cat /root/kept"); got != "kept" {
 		t.Errorf("after stop and start: %q", got)
@@ -173,7 +175,7 @@ func TestPower(t *testing.T) {
 func TestSideBySide(t *testing.T) {
 	h := host(t)
 	a, b := nspawntest.Cluster(t, h, "ta"), nspawntest.Cluster(t, h, "tb")
-	m, n := create(t, a, nspawn.Spec{Name: "n1"}), create(t, b, nspawn.Spec{Name: "n1"})
+	m, n := create(t, a, provision.Spec{Name: "n1"}), create(t, b, provision.Spec{Name: "n1"})
 	if m.Address == n.Address {
 		t.Error("both have the same address")
 	}

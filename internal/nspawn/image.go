@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -104,14 +105,9 @@ func (h *Host) build(ctx context.Context, release, dir string, held *held) error
 		return err
 	}
 	defer func() { _ = os.RemoveAll(work) }()
-	targets, err := run(ctx, "apt-get", "indextargets", "--format", indexFormat, "Created-By: Packages")
-	if err != nil {
-		targets = "" // not a Debian: the public mirror then
-	}
-	config, err := run(ctx, "apt-config", "dump", "Acquire")
-	if err != nil {
-		config = ""
-	}
+	// Without apt on this host: Debian's public mirror and no proxy.
+	targets, _ := run(ctx, "apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(COMPONENT)", "Created-By: Packages")
+	config, _ := run(ctx, "apt-config", "dump", "Acquire")
 	args := recipe(release)
 	root := filepath.Join(work, "root")
 	// mmdebstrap takes its arguments in this order: options, release, target, sources.
@@ -121,11 +117,50 @@ func (h *Host) build(ctx context.Context, release, dir string, held *held) error
 		return err
 	}
 	defer func() { _ = log.Close() }() // read only when mmdebstrap has written it
-	if err := ends(ctx, strings.Join(sourceLines(release, targets), "\n")+"\n", log, held.file, "mmdebstrap", args...); err != nil {
+	if err := ends(ctx, sources(release, targets), log, held.file, "mmdebstrap", args...); err != nil {
 		said, _ := os.ReadFile(log.Name())
 		return fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(string(said), 6))
 	}
 	return os.Rename(root, dir)
+}
+
+// The suites of Debian by which a mirror of it is recognised among the host's
+// sources; those of other distributions have other names.
+const debianSuites = "bullseye|bookworm|trixie|forky|duke|sid|oldstable|stable|testing|unstable"
+
+// sources returns the apt sources of the release: at the mirrors that the host
+// itself uses, given the lists of its apt as URI|suite|component, else at the
+// public ones.
+func sources(release, targets string) string {
+	mirror := regexp.MustCompile(`(?m)^(\S+?)/?\|(?:` + debianSuites + `)\|main$`).FindStringSubmatch(targets)
+	security := regexp.MustCompile(`(?m)^(\S+?)/?\|(?:` + debianSuites + `)-security\|main$`).FindStringSubmatch(targets)
+	if mirror == nil {
+		mirror = []string{"", "http://deb.debian.org/debian"}
+		if security == nil {
+			security = []string{"", "http://deb.debian.org/debian-security"}
+		}
+	}
+	text := "deb " + mirror[1] + " " + release + " main\n"
+	if security != nil { // a host without it may not reach it
+		text += "deb " + security[1] + " " + release + "-security main\n"
+	}
+	return text
+}
+
+// aptOptions returns the arguments that give mmdebstrap those settings of the
+// host, as apt-config dump prints them, that say how servers are reached and
+// believed.
+func aptOptions(config string) []string {
+	carried := regexp.MustCompile(`(?im)^Acquire::(?:(?:http|https|ftp|tor)::|Check-Valid-Until |Check-Date |Max-ValidTime |ForceIPv|Retries |Queue-Mode |proxy).*[^"]";$`)
+	var args []string
+	for _, line := range carried.FindAllString(config, -1) {
+		args = append(args, "--aptopt="+line)
+	}
+	if len(args) > 0 {
+		// Passwords of servers are in files beside the settings.
+		args = append(args, `--aptopt=Dir::Etc::netrc "/etc/apt/auth.conf"`, `--aptopt=Dir::Etc::netrcparts "/etc/apt/auth.conf.d"`)
+	}
+	return args
 }
 
 // removeBuilds removes what killed builds have left, unless one is going on.

@@ -5,15 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"flotilla/internal/durable"
+	"flotilla/internal/nodeconfig"
+	"flotilla/internal/provision"
 )
 
 // make writes what the machine's root file system has beyond the image. What an
 // earlier try has left is removed before.
-func (m machine) make(ctx context.Context, c *Cluster, s Spec) error {
+func (m machine) make(ctx context.Context, c *Cluster, s provision.Spec) error {
 	key, err := c.makeKey(ctx)
 	if err != nil {
 		return err
@@ -26,11 +31,11 @@ func (m machine) make(ctx context.Context, c *Cluster, s Spec) error {
 			return err
 		}
 	}
-	resolv := "nameserver " + m.Address.String() + "\n"
-	for _, a := range c.host.Nameservers() {
+	resolv := ""
+	for _, a := range append([]netip.Addr{m.Address}, hostNameservers()...) { // itself first: it may know names of its own
 		resolv += "nameserver " + a.String() + "\n"
 	}
-	files := []File{
+	files := []nodeconfig.File{
 		{Path: "/etc/machine-id", Mode: 0o444, Text: m.MachineID + "\n"},
 		{Path: "/etc/hostname", Text: m.Name + "\n"},
 		{Path: "/etc/hosts"}, // the cluster's file is laid over it
@@ -71,7 +76,7 @@ func (m machine) upper(path string) string {
 
 // put writes one file into the layer above the image. Directories that the image
 // has keep their owner and mode.
-func (m machine) put(f File) error {
+func (m machine) put(f nodeconfig.File) error {
 	if !filepath.IsAbs(f.Path) {
 		return errors.New("not an absolute path")
 	}
@@ -131,15 +136,21 @@ func (c *Cluster) makeKey(ctx context.Context) (string, error) {
 		if err := os.MkdirAll(filepath.Dir(c.key()), 0o700); err != nil {
 			return "", err
 		}
-		if err := os.RemoveAll(c.key()); err != nil { // ssh-keygen writes the public half last
-			return "", err
-		}
-		if _, err := run(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "flotilla cluster "+c.name, "-f", c.key()); err != nil {
-			return "", err
-		}
-		public, err = os.ReadFile(c.key() + ".pub")
+		public, err = newKey(ctx, c.key(), "flotilla cluster "+c.name)
 	}
 	return string(public), err
+}
+
+// newKey makes an ssh key at path, in place of one that was half made, and returns
+// its public half, which ssh-keygen writes last.
+func newKey(ctx context.Context, path, comment string) ([]byte, error) {
+	if err := os.RemoveAll(path); err != nil {
+		return nil, err
+	}
+	if _, err := run(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", path); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(path + ".pub")
 }
 
 // makeHostKey makes the key by which the machine is known and adds it to the
@@ -148,11 +159,7 @@ func (c *Cluster) makeHostKey(ctx context.Context, m machine) error {
 	if err := m.putDir("/etc/ssh"); err != nil {
 		return err
 	}
-	path := m.upper("/etc/ssh/ssh_host_ed25519_key")
-	if _, err := run(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", m.Name, "-f", path); err != nil {
-		return err
-	}
-	public, err := os.ReadFile(path + ".pub")
+	public, err := newKey(ctx, m.upper("/etc/ssh/ssh_host_ed25519_key"), m.Name)
 	if err != nil {
 		return err
 	}
@@ -172,7 +179,7 @@ func (c *Cluster) makeHostKey(ctx context.Context, m machine) error {
 		}
 	}
 	fmt.Fprintf(&lines, "%s,%s %s", m.Name, m.Address, public)
-	return replaceFile(filepath.Join(c.dir(), "known_hosts"), []byte(lines.String()), 0o644)
+	return durable.WriteFile(filepath.Join(c.dir(), "known_hosts"), []byte(lines.String()), 0o644)
 }
 
 func owner(info fs.FileInfo) (uid, gid int) {
@@ -180,4 +187,19 @@ func owner(info fs.FileInfo) (uid, gid int) {
 		return int(s.Uid), int(s.Gid)
 	}
 	return 0, 0
+}
+
+// copyFile copies a file of the host.
+func copyFile(from, to string, mode fs.FileMode) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.Close() }() // only read
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
+	if err != nil {
+		return err
+	}
+	_, err = out.ReadFrom(in)
+	return errors.Join(err, out.Chmod(mode), out.Close())
 }

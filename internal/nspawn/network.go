@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -34,41 +33,23 @@ func freeNetwork(used []netip.Prefix) (netip.Prefix, error) {
 
 // usedNetworks returns the networks that the host has an address in or a route
 // to, but for the default routes.
-func usedNetworks() ([]netip.Prefix, error) {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, fmt.Errorf("list the host's addresses: %w", err)
-	}
-	var used []netip.Prefix
-	for _, a := range addrs {
-		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() {
-			used = append(used, p.Masked())
-		}
-	}
-	routes, err := os.ReadFile("/proc/net/route")
-	if err != nil {
-		return nil, fmt.Errorf("list the host's routes: %w", err)
-	}
-	return append(used, routedNetworks(string(routes))...), nil
+func usedNetworks(ctx context.Context) ([]netip.Prefix, error) {
+	table, err := run(ctx, "ip", "-4", "route", "show", "table", "all")
+	return routedNetworks(table), err
 }
 
-// routedNetworks reads /proc/net/route, but for the default routes.
+// routedNetworks reads what ip route prints: a line begins with the destination,
+// or with a type of route and the destination.
 func routedNetworks(table string) []netip.Prefix {
 	var list []netip.Prefix
 	for line := range strings.Lines(table) {
 		fields := strings.Fields(line)
-		if len(fields) < 8 {
-			continue
-		}
-		dest, err1 := hex.DecodeString(fields[1])
-		mask, err2 := hex.DecodeString(fields[7])
-		if err1 != nil || err2 != nil || len(dest) != 4 || len(mask) != 4 {
-			continue // the heading
-		}
-		slices.Reverse(dest) // the kernel prints the number as this machine stores it
-		slices.Reverse(mask)
-		if ones, _ := net.IPMask(mask).Size(); ones > 0 {
-			list = append(list, netip.PrefixFrom(netip.AddrFrom4([4]byte(dest)), ones))
+		for _, field := range fields[:min(2, len(fields))] {
+			if p, err := netip.ParsePrefix(field); err == nil {
+				list = append(list, p)
+			} else if a, err := netip.ParseAddr(field); err == nil {
+				list = append(list, netip.PrefixFrom(a, a.BitLen()))
+			}
 		}
 	}
 	return list
@@ -143,52 +124,29 @@ table ip %[1]s {
 	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1\n"), 0o644); err != nil {
 		return fmt.Errorf("let the machines reach other networks: %w", err)
 	}
-	return c.openFirewall(ctx)
-}
-
-// openFirewall lets the machines' packets through where iptables drops what is
-// forwarded, as Docker and ufw have it.
-func (c *Cluster) openFirewall(ctx context.Context) error {
-	rules, err := run(ctx, "iptables", "-w", "-S", "FORWARD")
-	if err != nil || !strings.Contains(rules, "-P FORWARD DROP") {
-		return nil // no iptables, or nothing to open
-	}
-	for _, direction := range []string{"-i", "-o"} {
-		if strings.Contains(rules, "-A FORWARD "+direction+" "+c.bridge()+" -j ACCEPT") {
-			continue
-		}
-		if _, err := run(ctx, "iptables", "-w", "-I", "FORWARD", direction, c.bridge(), "-j", "ACCEPT"); err != nil {
-			return err
-		}
+	if filter, err := run(ctx, "nft", "list", "table", "ip", "filter"); err == nil && dropsForwarded(filter) {
+		return errors.New(`a firewall on this host, of Docker or ufw perhaps, drops what machines send: ` +
+			`nft insert rule ip filter FORWARD iifname '"fl-*"' accept; nft insert rule ip filter FORWARD oifname '"fl-*"' accept`)
 	}
 	return nil
 }
 
-func (c *Cluster) closeFirewall(ctx context.Context) {
-	rules, err := run(ctx, "iptables", "-w", "-S", "FORWARD")
-	if err != nil {
-		return
-	}
-	for line := range strings.Lines(rules) {
-		rule, ok := strings.CutPrefix(strings.TrimSpace(line), "-A ")
-		if f := strings.Fields(rule); ok && len(f) == 5 && f[2] == c.bridge() {
-			if _, err := run(ctx, "iptables", append([]string{"-w", "-D"}, f...)...); err != nil {
-				c.host.Log.Warn("a rule of iptables is left", "rule", rule, "err", err)
-			}
-		}
-	}
+// dropsForwarded reports whether a table of nftables drops what is forwarded and
+// makes no exception for the bridges of clusters.
+func dropsForwarded(table string) bool {
+	return strings.Contains(table, "hook forward priority filter; policy drop") && !strings.Contains(table, `"fl-`)
 }
 
 // connectMachine makes what is missing of the machine's namespace and link, and
 // plugs it in.
 func (c *Cluster) connectMachine(ctx context.Context, n network, m machine) error {
 	space, link := c.namespace(m.Name), m.link(c)
-	if there, err := hasNamespace(space); err != nil {
+	there, err := hasNamespace(space)
+	if err == nil && !there {
+		_, err = run(ctx, "ip", "netns", "add", space)
+	}
+	if err != nil {
 		return err
-	} else if !there {
-		if _, err := run(ctx, "ip", "netns", "add", space); err != nil {
-			return explainKernel(err, "network namespaces", "")
-		}
 	}
 	if _, err := net.InterfaceByName(link); err != nil {
 		if _, err := run(ctx, "ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space); err != nil {
@@ -199,7 +157,7 @@ func (c *Cluster) connectMachine(ctx context.Context, n network, m machine) erro
 	if _, err := runWith(ctx, inside, "ip", "-netns", space, "-batch", "-"); err != nil {
 		return err
 	}
-	_, err := run(ctx, "ip", "link", "set", link, "master", c.bridge(), "up")
+	_, err = run(ctx, "ip", "link", "set", link, "master", c.bridge(), "up")
 	return err
 }
 
@@ -241,18 +199,12 @@ func (c *Cluster) removeNetwork(ctx context.Context) error {
 		if _, err := run(ctx, "ip", "link", "delete", c.bridge()); err != nil {
 			return err
 		}
-		c.closeFirewall(ctx)
 	}
 	tables, err := run(ctx, "nft", "list", "tables", "ip")
 	if err != nil || !slices.Contains(strings.Split(tables, "\n"), "table ip "+c.table()) {
 		return err
 	}
 	_, err = run(ctx, "nft", "delete", "table", "ip", c.table())
-	return err
-}
-
-func (c *Cluster) setLink(ctx context.Context, m machine, state string) error {
-	_, err := run(ctx, "ip", "link", "set", m.link(c), state)
 	return err
 }
 
@@ -282,13 +234,10 @@ func (c *Cluster) writeHosts() error {
 
 func (c *Cluster) hosts() string { return filepath.Join(c.host.Run, c.name, ".hosts") }
 
-// Nameservers returns the resolvers that the host uses and its machines can.
-func (h *Host) Nameservers() []netip.Addr {
+// hostNameservers returns the resolvers that the host uses and its machines can.
+func hostNameservers() []netip.Addr {
 	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
+		text, _ := os.ReadFile(path)
 		if list := nameservers(string(text)); len(list) > 0 {
 			return list
 		}
@@ -300,31 +249,15 @@ func (h *Host) Nameservers() []netip.Addr {
 func nameservers(text string) []netip.Addr {
 	var list []netip.Addr
 	for line := range strings.Lines(text) {
-		fields := strings.Fields(line)
-		if len(fields) < 2 || fields[0] != "nameserver" {
-			continue
-		}
-		if a, err := netip.ParseAddr(fields[1]); err == nil && a.Is4() && !a.IsLoopback() && !a.IsUnspecified() {
+		address, ok := strings.CutPrefix(strings.TrimSpace(line), "nameserver ")
+		if a, err := netip.ParseAddr(strings.TrimSpace(address)); ok && err == nil && a.Is4() && !a.IsLoopback() && !a.IsUnspecified() {
 			list = append(list, a)
 		}
 	}
 	return list
 }
 
-// explainKernel adds what to do if the kernel does not know something.
+// explainKernel adds what the kernel may be without.
 func explainKernel(err error, what, modules string) error {
-	text := err.Error()
-	for _, sign := range []string{"Operation not supported", "Unknown device type", "Unsupported", "No such file or directory", "Protocol not supported", "Operation not permitted", "unknown filesystem type", "No such device"} {
-		if strings.Contains(text, sign) {
-			remedy := "use another kernel"
-			if modules != "" {
-				remedy = "load its modules (modprobe -a " + modules + ") or use another kernel"
-			}
-			return fmt.Errorf("this kernel seems to have no %s: %s: %w", what, remedy, err)
-		}
-	}
-	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	return err
+	return fmt.Errorf("%w: if this kernel has no %s, load its modules (modprobe -a %s) or use another kernel", err, what, modules)
 }

@@ -1,110 +1,36 @@
 // Package nspawn makes machines on one Linux machine: systemd in containers of
 // systemd-nspawn, each with a root file system, a network namespace and an
-// address of its own on a bridge that its cluster shares. It creates, destroys
-// and lists them, cuts their power and their network, and keeps what their
-// consoles say. It knows root file systems, namespaces and processes; it must
-// not know what the machines are for, what units or services are, or any other
-// platform.
+// address of its own on a bridge that its cluster shares. A Cluster is a
+// provision.Provider; it can also unplug the network of a machine. It knows root
+// file systems, namespaces and processes; it must not know what the machines are
+// for, what units or services are, or any other platform.
 //
 // What is made is written down before it is made, and what is written down is
 // forgotten only after it is gone. So whoever is killed at any moment leaves
-// something that Create continues and Destroy removes.
+// something that Make continues and Destroy removes.
 package nspawn
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
-	"net/netip"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
+
+	"flotilla/internal/provision"
 )
-
-// Host is the Linux machine that everything runs on. All its methods need root.
-type Host struct {
-	// State holds a directory for each cluster; it has to be on a file system
-	// that overlayfs can write to, such as ext4, xfs or btrfs.
-	State string
-	// Cache holds root file systems to start from.
-	Cache string
-	// Run holds, for each machine, the directory that the machine sees as
-	// /run/flotilla, so that its sockets are reached from outside. Paths of
-	// sockets are short: so must this be.
-	Run string
-	Log *slog.Logger
-}
-
-// Default returns the host with the directories that are used if nothing else
-// is said: /var/lib/flotilla/clusters, /var/cache/flotilla, /run/flotilla-clusters.
-func Default(log *slog.Logger) *Host {
-	return &Host{State: "/var/lib/flotilla/clusters", Cache: "/var/cache/flotilla", Run: "/run/flotilla-clusters", Log: log}
-}
-
-// ErrNotFound says that there is no machine or cluster of that name.
-var ErrNotFound = errors.New("there is none of that name")
-
-// Spec describes a machine to create.
-type Spec struct {
-	Name    string            // unique in the cluster; also the host name
-	Release string            // of Debian; empty: DefaultRelease
-	Labels  map[string]string // kept with the machine, shown by List
-	Files   []File            // written before the first boot
-}
-
-// File is something to put into a machine's root file system: Text, or a copy
-// of what is at Source on the host, or a symbolic link to Link.
-type File struct {
-	Path   string // absolute
-	Mode   fs.FileMode
-	Text   string
-	Source string
-	Link   string
-}
-
-// Machine is one machine as it is now.
-type Machine struct {
-	Name      string            `json:"name"`
-	Release   string            `json:"release"`
-	Address   netip.Addr        `json:"address"`
-	MachineID string            `json:"machine_id"` // 32 hexadecimal digits
-	Labels    map[string]string `json:"labels,omitempty"`
-	Created   time.Time         `json:"created"`
-	// Complete is false while the machine is being made or destroyed; Create or
-	// Destroy finishes what somebody else has begun.
-	Complete bool `json:"complete"`
-	Running  bool `json:"running"`
-	// Run is the directory on the host that the machine has as /run/flotilla.
-	Run string `json:"run"`
-}
 
 // Cluster is the machines that share one name and one network.
 type Cluster struct {
 	host *Host
 	name string
-}
-
-// Cluster returns the cluster of that name, which need not exist: its first
-// machine makes it. It returns an error if the name is none.
-func (h *Host) Cluster(name string) (*Cluster, error) {
-	if err := checkName("cluster", name); err != nil {
-		return nil, err
-	}
-	return &Cluster{h, name}, nil
-}
-
-// Clusters returns the names of the clusters that there are, sorted.
-func (h *Host) Clusters() ([]string, error) {
-	names, err := directories(h.State)
-	if err != nil {
-		return nil, fmt.Errorf("list clusters: %w", err)
-	}
-	return names, nil
 }
 
 // Name returns the cluster's name.
@@ -116,64 +42,49 @@ func (c *Cluster) Exists() bool {
 	return err == nil
 }
 
-// Create makes a machine and starts it. A machine of that name that is there
-// already is started if it does not run, and stays as it was made; one that is
-// half made is made anew. It returns when the machine's systemd runs.
-func (c *Cluster) Create(ctx context.Context, s Spec) (Machine, error) {
-	m, err := c.create(ctx, s)
+// Make makes a machine and starts it: see provision.Provider.
+func (c *Cluster) Make(ctx context.Context, s provision.Spec) (provision.Machine, error) {
+	m, err := c.make(ctx, s)
 	if err != nil {
-		return m, fmt.Errorf("create machine %s: %w", s.Name, err)
+		return provision.Machine{}, fmt.Errorf("make machine %s: %w", s.Name, err)
 	}
-	return m, nil
+	return c.describe(m), nil
 }
 
-func (c *Cluster) create(ctx context.Context, s Spec) (Machine, error) {
+func (c *Cluster) make(ctx context.Context, s provision.Spec) (made machine, err error) {
 	if err := checkName("machine", s.Name); err != nil {
-		return Machine{}, err
+		return made, err
 	}
-	if s.Release == "" {
-		s.Release = DefaultRelease
-	}
+	s.Release = cmp.Or(s.Release, DefaultRelease)
 	image, err := c.host.Image(ctx, s.Release)
 	if err != nil {
-		return Machine{}, err
+		return made, err
 	}
 	if m, err := readMachine(c.machineDir(s.Name)); err == nil && m.State == stateLeaving {
 		if err := c.Destroy(ctx, s.Name); err != nil { // somebody did not come to the end of it
-			return Machine{}, err
+			return made, err
 		}
 	}
-	m, n, err := c.reserve(ctx, s, image)
-	if err != nil {
-		return Machine{}, err
+	if _, err := c.reserve(ctx, s, image); err != nil {
+		return made, err
 	}
-	held, err := lock(ctx, m.dir)
-	if err != nil {
-		return Machine{}, err
-	}
-	defer held.release()
-	if m, err = readMachine(m.dir); err != nil {
-		return Machine{}, err
-	}
-	if m.State == stateLeaving {
-		return Machine{}, errors.New("it is being destroyed at the same time")
-	}
-	if m.State != stateReady {
-		if err := m.make(ctx, c, s); err != nil {
-			return Machine{}, err
+	err = c.withMachine(ctx, s.Name, func(m machine, held *held) error {
+		made = m
+		switch m.State {
+		case stateLeaving:
+			return errors.New("it is being destroyed at the same time")
+		case stateMaking:
+			if err := m.make(ctx, c, s); err != nil {
+				return err
+			}
+			made.State = stateReady
+			if err := made.write(); err != nil {
+				return err
+			}
 		}
-		m.State = stateReady
-		if err := m.write(); err != nil {
-			return Machine{}, err
-		}
-	}
-	if err := c.connect(ctx, n, m); err != nil {
-		return Machine{}, err
-	}
-	if err := c.boot(ctx, m, held); err != nil {
-		return Machine{}, err
-	}
-	return c.describe(m), nil
+		return c.powerOn(ctx, made, held)
+	})
+	return made, err
 }
 
 // Destroy cuts the machine's power and removes everything of it. A machine that
@@ -193,52 +104,46 @@ func (c *Cluster) Destroy(ctx context.Context, name string) error {
 		if err := os.RemoveAll(c.runDir(name)); err != nil {
 			return err
 		}
-		return m.remove()
+		return removeButLast(m.dir, "machine.json")
 	})
-	if err != nil && !errors.Is(err, ErrNotFound) {
+	if err != nil && !errors.Is(err, provision.ErrNotFound) {
 		return fmt.Errorf("destroy machine %s: %w", name, err)
 	}
 	return c.writeHosts()
 }
 
 // List returns the machines, sorted by name.
-func (c *Cluster) List(context.Context) ([]Machine, error) {
+func (c *Cluster) List(context.Context) ([]provision.Machine, error) {
 	all, err := c.machines()
 	if err != nil {
 		return nil, fmt.Errorf("list machines of %s: %w", c.name, err)
 	}
-	list := make([]Machine, len(all))
+	list := make([]provision.Machine, len(all))
 	for i, m := range all {
 		list[i] = c.describe(m)
 	}
 	return list, nil
 }
 
-func (c *Cluster) describe(m machine) Machine {
-	return Machine{
+func (c *Cluster) describe(m machine) provision.Machine {
+	return provision.Machine{
 		Name: m.Name, Release: m.Release, Address: m.Address, MachineID: m.MachineID, Labels: m.Labels, Created: m.Created,
 		Complete: m.State == stateReady, Running: c.alive(m.Name), Run: c.runDir(m.Name),
 	}
 }
 
-// Console returns what the machine's console has said since it was made.
+// Console returns what the machine's console has printed since it was made.
 func (c *Cluster) Console(_ context.Context, name string) (string, error) {
-	if err := checkName("machine", name); err != nil {
-		return "", err
-	}
 	text, err := os.ReadFile(filepath.Join(c.machineDir(name), "console.log"))
-	if errors.Is(err, fs.ErrNotExist) && !c.has(name) {
-		err = ErrNotFound
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, err = os.Stat(c.machineDir(name)); err != nil {
+			err = provision.ErrNotFound
+		}
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		return "", fmt.Errorf("console of machine %s: %w", name, err)
 	}
 	return string(text), nil
-}
-
-func (c *Cluster) has(name string) bool {
-	_, err := os.Stat(c.machineDir(name))
-	return err == nil
 }
 
 // Remove destroys all machines, the network and everything else of the cluster.
@@ -261,7 +166,7 @@ func (c *Cluster) Remove(ctx context.Context) error {
 
 func (c *Cluster) removeRest(ctx context.Context) error {
 	held, err := lock(ctx, c.host.State)
-	if errors.Is(err, ErrNotFound) || !c.Exists() {
+	if errors.Is(err, provision.ErrNotFound) {
 		return c.removeTraces(ctx)
 	}
 	if err != nil {
@@ -272,40 +177,31 @@ func (c *Cluster) removeRest(ctx context.Context) error {
 	if left, err := directories(filepath.Join(c.dir(), "nodes")); err != nil || len(left) > 0 {
 		return errors.Join(err, fmt.Errorf("machines were created meanwhile: %s", strings.Join(left, ", ")))
 	}
-	if err := c.removeNetwork(ctx); err != nil {
+	if err := c.removeTraces(ctx); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(filepath.Join(c.host.Run, c.name)); err != nil {
+	if err := removeButLast(c.dir(), "cluster.json"); err != nil {
 		return err
 	}
-	_ = os.Remove(c.host.Run) // unless another cluster is there
-	if err := c.removeDir(); err != nil {
-		return err
+	for _, dir := range []string{c.host.Run, c.host.State, filepath.Dir(c.host.State)} {
+		_ = os.Remove(dir) // unless another cluster is there
 	}
-	_ = os.Remove(c.host.State) // these two as well
-	_ = os.Remove(filepath.Dir(c.host.State))
 	return nil
 }
 
-// Stop powers all machines off, each within limit or by force, and takes the
-// network down. What the machines have written stays; Create of each starts it.
-func (c *Cluster) Stop(ctx context.Context, limit time.Duration) error {
+// Stop powers all machines off and takes the network down. What the machines have
+// written stays; Make of each starts it.
+func (c *Cluster) Stop(ctx context.Context) error {
 	all, err := c.machines()
-	if err != nil {
-		return fmt.Errorf("stop cluster %s: %w", c.name, err)
-	}
 	done := make(chan error, len(all))
 	for _, m := range all {
-		go func() { done <- c.PowerOff(ctx, m.Name, limit) }()
+		go func() { done <- errors.Join(c.Power(ctx, m.Name, provision.PowerOff), c.disconnect(ctx, m)) }()
 	}
 	for range all {
 		err = errors.Join(err, <-done)
 	}
-	for _, m := range all {
-		err = errors.Join(err, c.disconnect(ctx, m))
-	}
 	if err == nil {
-		err = errors.Join(c.removeNetwork(ctx), os.RemoveAll(filepath.Join(c.host.Run, c.name)))
+		err = c.removeTraces(ctx)
 	}
 	if err != nil {
 		return fmt.Errorf("stop cluster %s: %w", c.name, err)
@@ -313,64 +209,57 @@ func (c *Cluster) Stop(ctx context.Context, limit time.Duration) error {
 	return nil
 }
 
-// PowerCut ends every process of the machine at once, as a power failure does.
-// What it has written to its disk stays.
-func (c *Cluster) PowerCut(ctx context.Context, name string) error {
-	return c.named(ctx, "cut the power of", name, func(m machine, _ *held) error { return c.halt(ctx, name) })
-}
-
-// PowerOff lets the machine shut down; after limit its power is cut.
-func (c *Cluster) PowerOff(ctx context.Context, name string, limit time.Duration) error {
-	return c.named(ctx, "power off", name, func(m machine, _ *held) error {
-		c.signal(name, signalPowerOff)
-		wait, cancel := context.WithTimeout(ctx, limit)
-		defer cancel()
-		if c.waitGone(wait, name) == nil {
-			return c.sweep(name)
+// Power switches the machine: see provision.Provider.
+func (c *Cluster) Power(ctx context.Context, name string, to provision.Power) error {
+	return c.named(ctx, "power "+string(to), name, func(m machine, held *held) error {
+		switch to {
+		case provision.PowerOn:
+			return c.powerOn(ctx, m, held)
+		case provision.PowerOff:
+			return c.powerOff(ctx, name)
+		case provision.PowerCut:
+			return c.halt(ctx, name)
+		case provision.Reboot:
+			return c.reboot(ctx, name)
 		}
-		return c.halt(ctx, name)
+		return errors.New("it can be on, off, cut or reboot")
 	})
 }
 
-// PowerOn starts a machine that was powered off, with the data it had. It
-// returns when its systemd runs; a machine that runs is left alone.
-func (c *Cluster) PowerOn(ctx context.Context, name string) error {
-	return c.named(ctx, "power on", name, func(m machine, held *held) error {
-		if m.State != stateReady {
-			return errors.New("it was never completed: create it again")
-		}
-		n, err := c.readNetwork()
-		if err != nil {
-			return err
-		}
-		if err := c.connect(ctx, n, m); err != nil {
-			return err
-		}
-		return c.boot(ctx, m, held)
+func (c *Cluster) powerOn(ctx context.Context, m machine, held *held) error {
+	if m.State != stateReady {
+		return errors.New("it was never completed: make it again")
+	}
+	n, err := c.readNetwork()
+	if err != nil {
+		return err
+	}
+	if err := c.connect(ctx, n, m); err != nil {
+		return err
+	}
+	return c.boot(ctx, m, held)
+}
+
+// reboot returns when a new systemd runs.
+func (c *Cluster) reboot(ctx context.Context, name string) error {
+	before := c.leader(name)
+	if before == 0 {
+		return errors.New("it does not run")
+	}
+	c.signal(name, signalReboot)
+	return until(ctx, "its new systemd", func() bool { now := c.leader(name); return now != 0 && now != before })
+}
+
+// SetLink unplugs the machine's network, or plugs it in again; its processes go on.
+func (c *Cluster) SetLink(ctx context.Context, name string, up bool) error {
+	what, state := "unplug", "down"
+	if up {
+		what, state = "plug in", "up"
+	}
+	return c.named(ctx, what, name, func(m machine, _ *held) error {
+		_, err := run(ctx, "ip", "link", "set", m.link(c), state)
+		return err
 	})
-}
-
-// Reboot asks the machine's systemd to restart the machine. It returns when a
-// new systemd runs.
-func (c *Cluster) Reboot(ctx context.Context, name string) error {
-	return c.named(ctx, "reboot", name, func(m machine, held *held) error {
-		before := c.leader(name)
-		if before == 0 {
-			return errors.New("it does not run")
-		}
-		c.signal(name, signalReboot)
-		return until(ctx, "its new systemd", func() bool { now := c.leader(name); return now != 0 && now != before })
-	})
-}
-
-// CutLink makes the machine's network unplugged; its processes go on.
-func (c *Cluster) CutLink(ctx context.Context, name string) error {
-	return c.named(ctx, "unplug", name, func(m machine, _ *held) error { return c.setLink(ctx, m, "down") })
-}
-
-// RestoreLink plugs the machine's network in again.
-func (c *Cluster) RestoreLink(ctx context.Context, name string) error {
-	return c.named(ctx, "plug in", name, func(m machine, _ *held) error { return c.setLink(ctx, m, "up") })
 }
 
 func (c *Cluster) named(ctx context.Context, what, name string, do func(machine, *held) error) error {
@@ -397,35 +286,44 @@ func (c *Cluster) withMachine(ctx context.Context, name string, do func(machine,
 	return do(m, held)
 }
 
-// Ready waits until the machine answers ssh.
-func (c *Cluster) Ready(ctx context.Context, name string) error {
-	var out []byte
-	err := until(ctx, "ssh", func() bool {
-		cmd := c.SSH(ctx, name, "true")
-		var err error
-		out, err = cmd.CombinedOutput()
-		return err == nil
-	})
-	if err != nil {
-		return fmt.Errorf("reach machine %s: %w: %s", name, err, strings.TrimSpace(string(out)))
+// Run runs a command line on the machine: see provision.Provider.
+func (c *Cluster) Run(ctx context.Context, name, command string, std provision.Streams) error {
+	var args []string
+	if command != "" {
+		args = []string{command}
 	}
-	return nil
+	cmd := c.SSH(ctx, name, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = std.In, std.Out, std.Err
+	return cmd.Run()
+}
+
+// Dial connects to a unix socket below the machine's /run/flotilla.
+func (c *Cluster) Dial(ctx context.Context, name, socket string) (net.Conn, error) {
+	rest, ok := strings.CutPrefix(socket, "/run/flotilla/")
+	if !ok {
+		return nil, fmt.Errorf("socket %s of machine %s cannot be reached: only those in /run/flotilla can", socket, name)
+	}
+	return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(c.runDir(name), rest))
 }
 
 // SSH returns a command that runs args, which a shell there reads, as root on
 // the machine, or a login shell if there are none.
 func (c *Cluster) SSH(ctx context.Context, name string, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, "ssh", slices.Concat([]string{"-F", "none", "-i", c.key(), "-o", "UserKnownHostsFile=" + filepath.Join(c.dir(), "known_hosts"),
+	address := name + ".invalid"
+	if m, err := readMachine(c.machineDir(name)); err == nil {
+		address = m.Address.String()
+	}
+	identity, known := c.Login()
+	return exec.CommandContext(ctx, "ssh", slices.Concat([]string{"-F", "none", "-i", identity, "-o", "UserKnownHostsFile=" + known,
 		"-o", "GlobalKnownHostsFile=none", "-o", "StrictHostKeyChecking=yes", "-o", "HostKeyAlias=" + name, "-o", "BatchMode=yes", "-o", "ConnectTimeout=5",
-		"-o", "LogLevel=ERROR", "root@" + c.address(name)}, args)...)
+		"-o", "LogLevel=ERROR", "root@" + address}, args)...)
 }
 
-func (c *Cluster) address(name string) string {
-	m, err := readMachine(c.machineDir(name))
-	if err != nil {
-		return name + ".invalid"
-	}
-	return m.Address.String()
+// Login returns what an ssh client needs: the file of a private key that every
+// machine of the cluster takes for root and core, and a known_hosts file that
+// has the machines under their names.
+func (c *Cluster) Login() (identity, knownHosts string) {
+	return c.key(), filepath.Join(c.dir(), "known_hosts")
 }
 
 func (c *Cluster) dir() string                   { return filepath.Join(c.host.State, c.name) }

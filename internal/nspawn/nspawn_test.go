@@ -3,7 +3,9 @@ package nspawn
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -13,6 +15,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"flotilla/internal/nodeconfig"
+	"flotilla/internal/provision"
 )
 
 func TestFreeNetwork(t *testing.T) {
@@ -42,14 +47,33 @@ func TestFreeNetwork(t *testing.T) {
 }
 
 func TestRoutedNetworks(t *testing.T) {
-	const table = `Iface	Destination	Gateway 	Flags	RefCnt	Use	Metric	Mask		MTU	Window	IRTT
-eth0	00000000	0101A8C0	0003	0	0	0	00000000	0	0	0
-eth0	0001A8C0	00000000	0001	0	0	0	00FFFFFF	0	0	0
-wg0	00004D0A	00000000	0001	0	0	0	0000FFFF	0	0	0
+	const table = `default via 192.168.1.1 dev eth0
+192.168.1.0/24 dev eth0 proto kernel scope link src 192.168.1.9
+unreachable 172.16.0.0/12
+10.77.0.0/16 dev wg0
+local 192.168.1.9 dev eth0 table local proto kernel scope host src 192.168.1.9
+
 `
-	want := []netip.Prefix{netip.MustParsePrefix("192.168.1.0/24"), netip.MustParsePrefix("10.77.0.0/16")}
+	var want []netip.Prefix
+	for _, p := range []string{"192.168.1.0/24", "172.16.0.0/12", "10.77.0.0/16", "192.168.1.9/32"} {
+		want = append(want, netip.MustParsePrefix(p))
+	}
 	if got := routedNetworks(table); !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+func TestDropsForwarded(t *testing.T) {
+	const chain = "table ip filter {\n\tchain FORWARD {\n\t\ttype filter hook forward priority filter; policy %s;\n%s\t}\n}\n"
+	for _, tc := range []struct {
+		policy, rules string
+		want          bool
+	}{
+		{"accept", "", false}, {"drop", "", true}, {"drop", "\t\tiifname \"docker0\" accept\n", true}, {"drop", "\t\tiifname \"fl-*\" accept\n", false},
+	} {
+		if got := dropsForwarded(fmt.Sprintf(chain, tc.policy, tc.rules)); got != tc.want {
+			t.Errorf("policy %s and %q: %t", tc.policy, tc.rules, got)
+		}
 	}
 }
 
@@ -98,7 +122,7 @@ func TestFreeIndex(t *testing.T) {
 	}
 }
 
-func TestSourceLines(t *testing.T) {
+func TestSources(t *testing.T) {
 	for _, tc := range []struct{ what, targets, want string }{
 		{"Debian 12", "http://deb.debian.org/debian/|bookworm|main\nhttp://deb.debian.org/debian/|bookworm-updates|main\nhttp://deb.debian.org/debian-security/|bookworm-security|main\n",
 			"deb http://deb.debian.org/debian trixie main\ndeb http://deb.debian.org/debian-security trixie-security main"},
@@ -108,7 +132,7 @@ func TestSourceLines(t *testing.T) {
 			"deb http://deb.debian.org/debian trixie main\ndeb http://deb.debian.org/debian-security trixie-security main"},
 		{"no apt", "", "deb http://deb.debian.org/debian trixie main\ndeb http://deb.debian.org/debian-security trixie-security main"},
 	} {
-		if got := strings.Join(sourceLines("trixie", tc.targets), "\n"); got != tc.want {
+		if got := sources("trixie", tc.targets); got != tc.want+"\n" {
 			t.Errorf("%s:\n%s\nwant\n%s", tc.what, got, tc.want)
 		}
 	}
@@ -136,6 +160,41 @@ Acquire::Languages:: "en";
 	}
 }
 
+func TestSystemdVersion(t *testing.T) {
+	for text, want := range map[string]int{"systemd 252 (252.39-1~deb12u2)\n+PAM +AUDIT\n": 252, "systemd 257~rc1-2\n": 257, "systemd 249.11-0ubuntu3\n": 249, "what": 0} {
+		if got := systemdVersion(text); got != want {
+			t.Errorf("%q: %d, want %d", text, got, want)
+		}
+	}
+}
+
+// A cluster is what the rest of the program expects of every platform.
+var _ provision.Provider = (*Cluster)(nil)
+
+func TestDial(t *testing.T) {
+	h := here(t)
+	c, err := h.Cluster("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(c.runDir("n1"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", c.runDir("n1")+"/x.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	conn, err := c.Dial(t.Context(), "n1", "/run/flotilla/x.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close() // nothing was said
+	if _, err := c.Dial(t.Context(), "n1", "/run/x.sock"); err == nil {
+		t.Error("a socket elsewhere was reached")
+	}
+}
+
 func TestNameservers(t *testing.T) {
 	got := nameservers("# comment\nnameserver 127.0.0.53\nnameserver 10.0.0.2\nnameserver ::1\noptions edns0\nnameserver 9.9.9.9\n")
 	if want := []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("9.9.9.9")}; !slices.Equal(got, want) {
@@ -155,7 +214,7 @@ func TestRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := c.Labels(); !errors.Is(err, ErrNotFound) || c.Exists() {
+	if _, _, err := c.Labels(); !errors.Is(err, provision.ErrNotFound) || c.Exists() {
 		t.Errorf("before it is founded: %v", err)
 	}
 	if err := c.Found(t.Context(), map[string]string{"nodes": "3"}); err != nil {
@@ -165,11 +224,11 @@ func TestRecords(t *testing.T) {
 	if err != nil || labels["nodes"] != "3" || prefix.Bits() != 24 {
 		t.Errorf("%v %s %v", labels, prefix, err)
 	}
-	m, n, err := c.reserve(t.Context(), Spec{Name: "n2", Release: "trixie", Labels: map[string]string{"k": "v"}}, "/image")
-	if err != nil || n.Prefix != prefix || m.Address != hostAddress(prefix, 12) || m.State != stateMaking {
-		t.Fatalf("%+v %+v %v", m, n, err)
+	m, err := c.reserve(t.Context(), provision.Spec{Name: "n2", Release: "trixie", Labels: map[string]string{"k": "v"}}, "/image")
+	if err != nil || m.Address != hostAddress(prefix, 12) || m.State != stateMaking {
+		t.Fatalf("%+v %v", m, err)
 	}
-	again, _, err := c.reserve(t.Context(), Spec{Name: "n2"}, "/other")
+	again, err := c.reserve(t.Context(), provision.Spec{Name: "n2"}, "/other")
 	if err != nil || again.MachineID != m.MachineID || again.Image != "/image" {
 		t.Errorf("the second time: %+v, %v", again, err)
 	}
@@ -177,9 +236,9 @@ func TestRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	second, n, err := other.reserve(t.Context(), Spec{Name: "n2"}, "/image")
-	if err != nil || n.Prefix == prefix || second.MachineID == m.MachineID {
-		t.Errorf("another cluster gets %+v %+v, %v", second, n, err)
+	second, err := other.reserve(t.Context(), provision.Spec{Name: "n2"}, "/image")
+	if err != nil || prefix.Contains(second.Address) || second.MachineID == m.MachineID {
+		t.Errorf("another cluster gets %+v, %v", second, err)
 	}
 	names, err := h.Clusters()
 	if err != nil || !slices.Equal(names, []string{"a", "b"}) {
@@ -211,27 +270,27 @@ func TestUnknown(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, err := range map[string]error{
-		"power on": c.PowerOn(t.Context(), "n1"), "power cut": c.PowerCut(t.Context(), "n1"), "reboot": c.Reboot(t.Context(), "n1"),
-		"link": c.CutLink(t.Context(), "n1"),
+		"power on": c.Power(t.Context(), "n1", provision.PowerOn), "power cut": c.Power(t.Context(), "n1", provision.PowerCut),
+		"reboot": c.Power(t.Context(), "n1", provision.Reboot), "link": c.SetLink(t.Context(), "n1", false),
 	} {
-		if !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "machine n1: ") {
+		if !errors.Is(err, provision.ErrNotFound) || !strings.Contains(err.Error(), "machine n1: ") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	if _, err := c.Console(t.Context(), "n1"); !errors.Is(err, ErrNotFound) {
+	if _, err := c.Console(t.Context(), "n1"); !errors.Is(err, provision.ErrNotFound) {
 		t.Errorf("console: %v", err)
 	}
-	if _, err := c.Create(t.Context(), Spec{Name: "../x"}); err == nil {
+	if _, err := c.Make(t.Context(), provision.Spec{Name: "../x"}); err == nil {
 		t.Error("a machine with a bad name was made")
 	}
-	if _, err := c.Create(t.Context(), Spec{Name: "x", Release: "potato"}); err == nil || !strings.Contains(err.Error(), "trixie") {
+	if _, err := c.Make(t.Context(), provision.Spec{Name: "x", Release: "potato"}); err == nil || !strings.Contains(err.Error(), "trixie") {
 		t.Errorf("an old release: %v", err)
 	}
 }
 
 func TestLock(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "d")
-	if _, err := lock(t.Context(), dir); !errors.Is(err, ErrNotFound) {
+	if _, err := lock(t.Context(), dir); !errors.Is(err, provision.ErrNotFound) {
 		t.Errorf("no directory: %v", err)
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -255,7 +314,7 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	first.release()
-	if err := <-waiting; !errors.Is(err, ErrNotFound) {
+	if err := <-waiting; !errors.Is(err, provision.ErrNotFound) {
 		t.Errorf("a directory removed while somebody waited: %v", err)
 	}
 }
@@ -266,7 +325,7 @@ func TestPut(t *testing.T) {
 	if err := errors.Join(os.MkdirAll(filepath.Join(m.dir, "upper"), 0o755), os.MkdirAll(m.Image+"/etc/deep", 0o755), os.Chmod(m.Image+"/etc/deep", 0o711), os.Symlink("etc", m.Image+"/link")); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.put(File{Path: "/etc/deep/new/x", Text: "hello", Mode: 0o600}); err != nil {
+	if err := m.put(nodeconfig.File{Path: "/etc/deep/new/x", Text: "hello", Mode: 0o600}); err != nil {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]os.FileMode{"/etc/deep": 0o711, "/etc/deep/new": 0o755, "/etc/deep/new/x": 0o600} {
@@ -275,7 +334,7 @@ func TestPut(t *testing.T) {
 		}
 	}
 	for _, path := range []string{"relative", "/link/x"} {
-		if err := m.put(File{Path: path, Text: "hello"}); err == nil {
+		if err := m.put(nodeconfig.File{Path: path, Text: "hello"}); err == nil {
 			t.Errorf("%s was written", path)
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -19,6 +18,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"flotilla/internal/durable"
+	"flotilla/internal/provision"
 )
 
 // A machine is made in the directory of its record, <state>/<cluster>/nodes/<name>.
@@ -76,24 +78,21 @@ func (h *Host) lockState(ctx context.Context) (*held, error) {
 			return nil, err
 		}
 		// Whoever removes the last cluster removes the directory too.
-		if held, err := lock(ctx, h.State); !errors.Is(err, ErrNotFound) {
+		if held, err := lock(ctx, h.State); !errors.Is(err, provision.ErrNotFound) {
 			return held, err
 		}
 	}
 }
 
 // Found writes the cluster down, with labels instead of those that it had. It
-// makes nothing else: Create does.
+// makes nothing else: Make does.
 func (c *Cluster) Found(ctx context.Context, labels map[string]string) error {
 	held, err := c.host.lockState(ctx)
 	if err != nil {
 		return fmt.Errorf("found cluster %s: %w", c.name, err)
 	}
 	defer held.release()
-	n, err := c.readNetwork()
-	if errors.Is(err, ErrNotFound) {
-		n, err = c.found()
-	}
+	n, err := c.found(ctx)
 	if err == nil {
 		n.Labels = labels
 		err = writeJSON(c.record(), n)
@@ -105,7 +104,7 @@ func (c *Cluster) Found(ctx context.Context, labels map[string]string) error {
 }
 
 // Labels returns what Found was given, and the network of the cluster; an
-// error is ErrNotFound if there is no such cluster.
+// error is provision.ErrNotFound if there is no such cluster.
 func (c *Cluster) Labels() (labels map[string]string, prefix netip.Prefix, err error) {
 	n, err := c.readNetwork()
 	if err != nil {
@@ -118,33 +117,30 @@ func (c *Cluster) record() string { return filepath.Join(c.dir(), "cluster.json"
 
 // reserve writes down a machine with a free address, and the cluster if this is
 // its first machine. One that is known already is returned as it is.
-func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, network, error) {
+func (c *Cluster) reserve(ctx context.Context, s provision.Spec, image string) (machine, error) {
 	all, err := c.host.lockState(ctx)
 	if err != nil {
-		return machine{}, network{}, err
+		return machine{}, err
 	}
 	defer all.release()
-	n, err := c.readNetwork()
-	if errors.Is(err, ErrNotFound) {
-		n, err = c.found()
-	}
+	n, err := c.found(ctx)
 	if err != nil {
-		return machine{}, n, err
+		return machine{}, err
 	}
 	known, err := c.machines()
 	if err != nil {
-		return machine{}, n, err
+		return machine{}, err
 	}
 	taken := map[int]bool{}
 	for _, m := range known {
 		if m.Name == s.Name {
-			return m, n, nil
+			return m, nil
 		}
 		taken[m.Index] = true
 	}
 	index := freeIndex(s.Name, taken)
 	if index == 0 {
-		return machine{}, n, fmt.Errorf("cluster %s has no address left in %s", c.name, n.Prefix)
+		return machine{}, fmt.Errorf("cluster %s has no address left in %s", c.name, n.Prefix)
 	}
 	var id [16]byte
 	_, _ = rand.Read(id[:]) // it never fails
@@ -154,9 +150,9 @@ func (c *Cluster) reserve(ctx context.Context, s Spec, image string) (machine, n
 		MachineID: hex.EncodeToString(id[:]), Labels: s.Labels, Created: time.Now().UTC().Truncate(time.Second), dir: c.machineDir(s.Name),
 	}
 	if err := os.MkdirAll(m.dir, 0o700); err != nil {
-		return m, n, err
+		return m, err
 	}
-	return m, n, m.write()
+	return m, m.write()
 }
 
 var number = sync.OnceValue(func() *regexp.Regexp {
@@ -181,10 +177,13 @@ func freeIndex(name string, taken map[int]bool) int {
 // The last bytes of addresses that machines get.
 const firstIndex, lastIndex = 11, 254
 
-// found writes down a new cluster with a free network. The caller holds the
-// lock of the host's state.
-func (c *Cluster) found() (network, error) {
-	used, err := usedNetworks()
+// found returns the record of the cluster. A new cluster gets a free network and
+// is written down. The caller holds the lock of the host's state.
+func (c *Cluster) found(ctx context.Context) (network, error) {
+	if n, err := c.readNetwork(); !errors.Is(err, provision.ErrNotFound) {
+		return n, err
+	}
+	used, err := usedNetworks(ctx)
 	if err != nil {
 		return network{}, err
 	}
@@ -228,7 +227,7 @@ func (c *Cluster) machines() ([]machine, error) {
 	var all []machine
 	for _, name := range names {
 		m, err := readMachine(c.machineDir(name))
-		if errors.Is(err, ErrNotFound) {
+		if errors.Is(err, provision.ErrNotFound) {
 			continue
 		}
 		if err != nil {
@@ -244,7 +243,7 @@ func (c *Cluster) machines() ([]machine, error) {
 func readMachine(dir string) (machine, error) {
 	m := machine{}
 	err := readJSON(filepath.Join(dir, "machine.json"), &m)
-	if errors.Is(err, ErrNotFound) {
+	if errors.Is(err, provision.ErrNotFound) {
 		if _, there := os.Stat(dir); there == nil {
 			m, err = machine{V: 1, Name: filepath.Base(dir), State: stateLeaving}, nil
 		}
@@ -255,17 +254,10 @@ func readMachine(dir string) (machine, error) {
 
 func (m machine) write() error { return writeJSON(filepath.Join(m.dir, "machine.json"), m) }
 
-// remove removes the machine's directory, its record last.
-func (m machine) remove() error {
-	return removeButLast(m.dir, "machine.json")
-}
-
-// removeDir removes the cluster's directory, its record last.
-func (c *Cluster) removeDir() error { return removeButLast(c.dir(), "cluster.json") }
-
+// removeButLast removes a directory, the file last as the last one in it.
 func removeButLast(dir, last string) error {
 	entries, err := os.ReadDir(dir)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	for _, e := range entries {
@@ -281,7 +273,7 @@ func removeButLast(dir, last string) error {
 func readJSON(path string, v any) error {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return ErrNotFound
+		return provision.ErrNotFound
 	}
 	if err != nil {
 		return err
@@ -292,28 +284,12 @@ func readJSON(path string, v any) error {
 	return nil
 }
 
-// writeJSON replaces the file so that a crash leaves the old or the new one.
 func writeJSON(path string, v any) error {
 	raw, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}
-	return replaceFile(path, append(raw, '\n'), 0o644)
-}
-
-func replaceFile(path string, text []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		_ = os.Remove(f.Name())
-	}
-	return err
+	return durable.WriteFile(path, append(raw, '\n'), 0o644)
 }
 
 // directories returns the names of the directories in dir, sorted; none if dir
@@ -335,12 +311,12 @@ func directories(dir string) ([]string, error) {
 // held is the lock of a directory. Programs that inherit file hold it too.
 type held struct{ file *os.File }
 
-// lock waits until nobody else holds the directory. It returns ErrNotFound if
+// lock waits until nobody else holds the directory. It returns provision.ErrNotFound if
 // the directory is not there, or no longer.
 func lock(ctx context.Context, dir string) (*held, error) {
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, ErrNotFound
+		return nil, provision.ErrNotFound
 	}
 	if err != nil {
 		return nil, err
@@ -360,7 +336,7 @@ func lock(ctx context.Context, dir string) (*held, error) {
 		case err1 != nil:
 			err = err1
 		case err2 != nil || !os.SameFile(is, now):
-			err = ErrNotFound // it was removed meanwhile
+			err = provision.ErrNotFound // it was removed meanwhile
 		}
 	}
 	if err != nil {
@@ -371,18 +347,3 @@ func lock(ctx context.Context, dir string) (*held, error) {
 }
 
 func (h *held) release() { _ = h.file.Close() }
-
-// copyFile copies a file of the host.
-func copyFile(from, to string, mode fs.FileMode) error {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = in.Close() }() // only read
-	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Chmod(mode), out.Close())
-}

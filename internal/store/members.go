@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
 	"strconv"
 
@@ -20,9 +21,13 @@ var (
 	ErrUnhealthy = errors.New("the store does not change its members while some of them do not answer or have just started")
 )
 
-// RemoveMember removes the member of that name or ID (hexadecimal) for good: its
-// process ends and its data is of no more use. It may be repeated.
+// RemoveMember removes a member for good: its process ends and its data is of no
+// more use. The member is named by its name, its ID (hexadecimal) or the host in the
+// URL by which the other members know it, which it has even before it has started.
 func (c *Client) RemoveMember(ctx context.Context, member string) error {
+	if member == "" {
+		return fmt.Errorf("remove a member of the store: %w", ErrNoMember) // a member that has not started has no name
+	}
 	what := "remove member " + member + " of the store"
 	ctx, cancel := withLimit(ctx, writeLimit)
 	defer cancel()
@@ -32,7 +37,8 @@ func (c *Client) RemoveMember(ctx context.Context, member string) error {
 		return c.explain(what, tried.cause(err))
 	}
 	at := slices.IndexFunc(list.Members, func(m *etcdserverpb.Member) bool {
-		return m.Name == member && member != "" || strconv.FormatUint(m.ID, 16) == member
+		isHost := func(peer string) bool { u, err := url.Parse(peer); return err == nil && u.Hostname() == member }
+		return m.Name == member || strconv.FormatUint(m.ID, 16) == member || slices.ContainsFunc(m.PeerURLs, isHost)
 	})
 	if at < 0 {
 		return fmt.Errorf("%s: %w", what, ErrNoMember)

@@ -50,9 +50,15 @@ func Ready(t testing.TB, c *nspawn.Cluster, name string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := c.Ready(ctx, name); err != nil {
-		console, _ := c.Console(t.Context(), name)
-		t.Fatalf("%v\n%s", err, console)
+	for tick := time.NewTicker(20 * time.Millisecond); ; <-tick.C {
+		out, err := c.SSH(ctx, name, "true").CombinedOutput()
+		if err == nil {
+			return
+		}
+		if ctx.Err() != nil {
+			console, _ := c.Console(t.Context(), name)
+			t.Fatalf("machine %s is not reached: %v: %s\n%s", name, err, out, console)
+		}
 	}
 }
 
