@@ -17,6 +17,7 @@ import (
 	"flotilla/internal/client"
 	"flotilla/internal/haproxy"
 	"flotilla/internal/node"
+	"flotilla/internal/wire"
 )
 
 func checkNode(_ context.Context, p *patient) []finding {
@@ -232,7 +233,7 @@ func checkStore(ctx context.Context, p *patient) []finding {
 	if p.running == nil {
 		return []finding{ok("store", "not asked: no node runs")}
 	}
-	n, err := client.Dial(p.cfg.Socket).Nodes(ctx)
+	n, err := client.Get[wire.Nodes](ctx, client.Dial(p.cfg.Socket), "/v1/nodes", nil)
 	if err != nil {
 		return []finding{bad("store", "flotilla nodes list", "%v", err)}
 	}

@@ -12,6 +12,7 @@ import (
 	"flotilla/internal/client"
 	"flotilla/internal/node"
 	"flotilla/internal/nodeconfig"
+	"flotilla/internal/wire"
 )
 
 // level is how a check ended.
@@ -46,7 +47,7 @@ func bad(check, remedy, format string, args ...any) finding {
 // patient is what the checks look at.
 type patient struct {
 	cfg     nodeconfig.Config
-	running *client.NodeStatus // of the node that serves on the socket; nil: none does
+	running *wire.Status // of the node that serves on the socket; nil: none does
 }
 
 // checks are done in this order.
@@ -103,7 +104,7 @@ func examine(ctx context.Context, cfg nodeconfig.Config) []finding {
 	if err := node.CheckPrivileges(&p.cfg); err != nil {
 		findings = append(findings, bad("settings", "", "%v", err))
 	}
-	if st, err := client.Dial(p.cfg.Socket).Status(ctx); err == nil {
+	if st, err := client.Get[wire.Status](ctx, client.Dial(p.cfg.Socket), "/v1/status", nil); err == nil {
 		p.running = &st
 	}
 	for _, check := range checks {

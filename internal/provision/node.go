@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"slices"
 	"time"
 
 	"flotilla/internal/client"
+	"flotilla/internal/wire"
 )
 
 // socket is where a node's API listens on its machine.
@@ -58,21 +60,21 @@ func (c *Cluster) Nodes(ctx context.Context) ([]Node, error) {
 func missing(ctx context.Context, node *client.Client, nodes []string) string {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	st, err := node.Status(ctx)
+	st, err := client.Get[wire.Status](ctx, node, "/v1/status", nil)
 	switch {
 	case err != nil:
 		return "its API does not answer"
 	case !st.Store.Live:
 		return "it has not reached the store"
-	case !st.Router.Serving:
+	case st.Router == nil || !st.Router.Serving:
 		return "its router does not serve"
 	}
-	seen, err := node.Nodes(ctx)
+	seen, err := client.Get[wire.Nodes](ctx, node, "/v1/nodes", nil)
 	if err != nil {
 		return "it cannot list the nodes"
 	}
 	for _, name := range nodes {
-		if !slices.ContainsFunc(seen.Nodes, func(n client.ClusterNode) bool { return n.Name == name && n.Serving }) {
+		if !slices.ContainsFunc(seen.Nodes, func(n wire.Node) bool { return n.Name == name && n.Serving }) {
 			return "it does not see " + name
 		}
 	}
@@ -105,7 +107,7 @@ func (c *Cluster) Leave(ctx context.Context, name string) error {
 			}
 		}
 		// etcd counts a member that has started a few seconds ago as absent.
-		if !is(err, client.CodeConflict) || time.Since(began) > leaveLimit {
+		if !is(err, wire.CodeConflict) || time.Since(began) > leaveLimit {
 			return err
 		}
 		select {
@@ -120,15 +122,15 @@ func (c *Cluster) Leave(ctx context.Context, name string) error {
 func (c *Cluster) removeMember(ctx context.Context, node, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	err := c.API(node).RemoveMember(ctx, address)
-	if is(err, client.CodeNotFound) {
+	err := c.API(node).Do(ctx, http.MethodDelete, "/v1/store/members/"+address, nil, nil, nil)
+	if is(err, wire.CodeNotFound) {
 		return nil
 	}
 	return err
 }
 
 // is reports whether a node has answered with an error of that code.
-func is(err error, code client.Code) bool {
-	var answer *client.Error
+func is(err error, code wire.Code) bool {
+	var answer *wire.Error
 	return errors.As(err, &answer) && answer.Code == code
 }

@@ -20,8 +20,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"flotilla/internal/client"
 	"flotilla/internal/nodeconfig"
+	"flotilla/internal/wire"
 )
 
 // platform is a Provider whose machines are records, and the API of their nodes.
@@ -116,28 +116,28 @@ func (p *platform) answer(w http.ResponseWriter, r *http.Request, name string) {
 	var body any
 	switch {
 	case r.URL.Path == "/v1/status":
-		st := client.NodeStatus{}
+		st := wire.Status{Router: &wire.RouterStatus{}}
 		st.Store.Live, st.Router.Serving = true, !p.lacking[name]
 		body = st
 	case r.URL.Path == "/v1/nodes":
-		nodes := client.Nodes{}
+		nodes := wire.Nodes{}
 		for _, m := range p.machines {
 			if m.Running {
-				n := client.ClusterNode{}
+				n := wire.Node{}
 				n.Name, n.Serving = m.Name, !p.lacking[m.Name]
 				nodes.Nodes = append(nodes.Nodes, n)
 			}
 		}
 		body = nodes
 	case r.Method == http.MethodDelete:
-		code := client.Code("")
+		code := wire.Code("")
 		if len(p.answers) > 0 {
-			code, p.answers = client.Code(p.answers[0]), p.answers[1:]
+			code, p.answers = wire.Code(p.answers[0]), p.answers[1:]
 		}
 		p.removed = append(p.removed, name+" "+strings.TrimPrefix(r.URL.Path, "/v1/store/members/"))
 		if code != "" {
 			w.WriteHeader(code.Status())
-			body = map[string]any{"error": client.Errorf(code, "", "the store says %s", code)}
+			body = map[string]any{"error": wire.Errorf(code, "", "the store says %s", code)}
 		}
 	}
 	_ = json.NewEncoder(w).Encode(body)
