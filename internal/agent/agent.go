@@ -34,10 +34,10 @@ type Systemd interface {
 	Enable(ctx context.Context, names ...string) error
 	Disable(ctx context.Context, names ...string) error
 	Reload(ctx context.Context) error
-	Start(ctx context.Context, name string) (systemd.Result, error)
+	Start(ctx context.Context, name string, sent ...func()) (systemd.Result, error)
 	Stop(ctx context.Context, name string) (systemd.Result, error)
 	StopAll(ctx context.Context, names ...string) map[string]func(context.Context) (systemd.Result, error)
-	Restart(ctx context.Context, name string) (systemd.Result, error)
+	Restart(ctx context.Context, name string, sent ...func()) (systemd.Result, error)
 	ResetFailed(ctx context.Context, name string) error
 	Kill(ctx context.Context, name string, signal syscall.Signal) error
 	Processes(ctx context.Context, name string) ([]int, error)
@@ -79,7 +79,6 @@ const (
 	longestRest = 5 * time.Second  // between two times that systemd reads all files
 	checkEvery  = time.Minute
 	firstRetry  = 200 * time.Millisecond // doubled each time, up to a minute
-	readyLimit  = 2 * time.Second        // for units to be queued before those that come after them
 )
 
 // Agent runs the units of one node.

@@ -370,3 +370,118 @@ func TestForeignUnitIsLeftAlone(t *testing.T) {
 		t.Error("the machine's own unit was stopped")
 	}
 }
+
+// What is wanted of a placed unit needs no decision of the engine, but a new file.
+func TestNodeActsByItself(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	want := func(text string, desired unit.Desired, restarts int64) {
+		r.put(r.keys.Unit("web.service"), state.Encode(state.UnitRecord{V: 1, Text: text, Desired: desired, Restarts: restarts}))
+	}
+	loaded := func(s state.UnitState) bool { return s.Load == "loaded" && !s.Launched && s.Active == "inactive" }
+	text, newer := service("run"), service("run", "Nice=1")
+	r.place("web.service", text, unit.Launched)
+	r.waitActive("web.service")
+	want(text, unit.Loaded, 0)
+	r.waitState("web.service", "to be loaded", loaded)
+	want(text, unit.Launched, 0)
+	r.waitActive("web.service")
+	want(text, unit.Launched, 1)
+	r.waitState("web.service", "to be restarted", func(s state.UnitState) bool { return s.Restarts == 1 && s.Active == "active" })
+
+	// A file that is not approved is not run, and what runs is only stopped.
+	was := r.fake.invocation("web.service")
+	want(newer, unit.Launched, 2)
+	r.place("other.service", text, unit.Launched)
+	r.waitActive("other.service")
+	if r.fake.invocation("web.service") != was {
+		t.Error("it was touched before its file was approved")
+	}
+	want(newer, unit.Loaded, 2)
+	r.waitState("web.service", "to be loaded", loaded)
+	want(newer, unit.Launched, 2)
+	r.waitState("web.service", "to wait", func(s state.UnitState) bool { return strings.Contains(s.Waiting, "approved") && loaded(s) })
+	if file, err := os.ReadFile(filepath.Join(r.fake.units, "web.service")); err != nil || string(file) != text {
+		t.Errorf("its file is %q (%v)", file, err)
+	}
+	r.place("web.service", newer, unit.Launched, func(p *placed) { p.Restarts = 2 })
+	r.waitActive("web.service")
+	if file, err := os.ReadFile(filepath.Join(r.fake.units, "web.service")); err != nil || string(file) != newer {
+		t.Errorf("its file is %q (%v)", file, err)
+	}
+
+	// Inactive or destroyed it leaves.
+	left := func(name string) func() bool {
+		return func() bool {
+			_, placed := r.get(r.keys.Placement(name))
+			_, told := r.states()[name]
+			return !placed && !told
+		}
+	}
+	want(newer, unit.Inactive, 2)
+	r.wait("web to leave", left("web.service"))
+	r.delete(r.keys.Unit("other.service"))
+	r.wait("other to leave", left("other.service"))
+	if !r.clean() {
+		t.Error("something is left")
+	}
+	r.check()
+}
+
+// A unit that is wanted again while it leaves is started again, and its placement
+// is never gone.
+func TestDestroyedAndStartedAgain(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.begin()
+	r.place("web.service", service("slow"), unit.Launched)
+	r.wait("the start", func() bool { return r.fake.active("web.service") == "activating" })
+	placement, _ := r.get(r.keys.Placement("web.service"))
+	first := r.fake.invocation("web.service")
+	r.delete(r.keys.Unit("web.service"))
+	r.wait("the stop", func() bool { return r.fake.active("web.service") == "deactivating" })
+	r.put(r.keys.Unit("web.service"), state.Encode(state.UnitRecord{V: 1, Text: service("slow"), Desired: unit.Launched}))
+	r.fake.goOn("web.service")
+	r.waitActive("web.service")
+	if now, _ := r.get(r.keys.Placement("web.service")); now != placement || r.fake.invocation("web.service") == first {
+		t.Errorf("the placement is %+v, and was %+v", now, placement)
+	}
+	r.check()
+}
+
+// Records that cannot be read are a reason for nothing.
+func TestUnreadableRecordsStopNothing(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	p := r.begin()
+	r.place("a.service", service("run"), unit.Launched)
+	r.place("b.service", service("run"), unit.Launched)
+	r.waitActive("a.service")
+	r.waitActive("b.service")
+	was, other := r.fake.invocation("a.service"), r.fake.invocation("b.service")
+	r.put(r.keys.Placement("a.service"), `{"v":99}`)
+	r.put(r.keys.Unit("b.service"), `{"v":99}`)
+	r.delete(r.keys.Unit("a.service"))
+	for range 2 { // also by an agent that has never known better
+		for _, name := range []string{"a.service", "b.service"} {
+			r.waitState(name, "to be in trouble, and to run", func(s state.UnitState) bool {
+				return strings.Contains(s.Trouble, "upgrade") && s.Active == "active"
+			})
+		}
+		p.finish()
+		p = r.begin()
+		r.place("c.service", service("run"), unit.Launched) // so that this agent has made a pass
+		r.waitActive("c.service")
+		r.delete(r.keys.Unit("c.service"))
+		r.wait("c to leave", func() bool { _, there := r.states()["c.service"]; return !there })
+	}
+	if r.fake.invocation("a.service") != was || r.fake.invocation("b.service") != other {
+		t.Errorf("they were touched: %v", r.fake.did())
+	}
+	r.delete(r.keys.Placement("a.service"))
+	r.delete(r.keys.Placement("b.service"))
+	r.delete(r.keys.Unit("b.service"))
+	r.wait("both to leave", func() bool { return len(r.states()) == 0 })
+	r.check()
+}

@@ -252,8 +252,8 @@ func (f *fakeSystemd) Reload(context.Context) error {
 	return after
 }
 
-func (f *fakeSystemd) Start(ctx context.Context, name string) (systemd.Result, error) {
-	return f.order(ctx, "start", name)
+func (f *fakeSystemd) Start(ctx context.Context, name string, sent ...func()) (systemd.Result, error) {
+	return f.order(ctx, "start", name, sent...)
 }
 
 func (f *fakeSystemd) Stop(ctx context.Context, name string) (systemd.Result, error) {
@@ -268,11 +268,11 @@ func (f *fakeSystemd) StopAll(_ context.Context, names ...string) map[string]fun
 	return waits
 }
 
-func (f *fakeSystemd) Restart(ctx context.Context, name string) (systemd.Result, error) {
-	return f.order(ctx, "restart", name)
+func (f *fakeSystemd) Restart(ctx context.Context, name string, sent ...func()) (systemd.Result, error) {
+	return f.order(ctx, "restart", name, sent...)
 }
 
-func (f *fakeSystemd) order(ctx context.Context, verb, name string) (systemd.Result, error) {
+func (f *fakeSystemd) order(ctx context.Context, verb, name string, sent ...func()) (systemd.Result, error) {
 	after, err := f.enter(verb + " " + name)
 	defer f.mu.Unlock()
 	if err != nil {
@@ -311,6 +311,9 @@ func (f *fakeSystemd) order(ctx context.Context, verb, name string) (systemd.Res
 	f.count++
 	r.invocation, r.text, r.result = f.count, text, "success"
 	f.history = append(f.history, "start "+name)
+	for _, tell := range sent {
+		tell()
+	}
 	switch {
 	case strings.Contains(text, "/fail"):
 		r.active, r.sub, r.result = "failed", "failed", "exit-code"

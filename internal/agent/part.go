@@ -178,17 +178,3 @@ func dropIn(n unit.Name, w *want, node string) string {
 	// %n is put in by systemd after it has read quotes and backslashes.
 	return text + fmt.Sprintf("Environment=\"FLOTILLA_EPOCH=%d\" \"FLOTILLA_UNIT=%%n\" \"FLOTILLA_MACHINE=%s\"\n", w.Epoch, node)
 }
-
-// startedBefore returns the units that are to be started before one of these wants
-// when both are to be started.
-func (p *part) startedBefore(names []string) map[string][]string {
-	after := map[string][]string{}
-	for _, name := range names {
-		w := p.wants[name]
-		after[name] = append(after[name], w.After...)
-		for _, later := range w.Before {
-			after[later] = append(after[later], name)
-		}
-	}
-	return after
-}

@@ -190,32 +190,36 @@ func keep(w *want, h have, f fence) []Step {
 	return steps
 }
 
-// levels cuts units that are to be started into groups, so that each unit comes
-// in a later group than those of the others that are to be started before it.
-// Units that wait for each other come last, together.
-func levels(names []string, after func(name string) []string) [][]string {
-	rest := map[string]bool{}
+// inOrder sorts units that are to be started so that each comes after those that
+// are to be started before it. Of units that wait for each other any is first.
+func inOrder(names []string, wants map[string]*want) []string {
+	due, before := map[string]bool{}, map[string][]string{}
 	for _, name := range names {
-		rest[name] = true
+		due[name] = true
+		before[name] = append(before[name], wants[name].After...)
+		for _, later := range wants[name].Before {
+			before[later] = append(before[later], name)
+		}
 	}
-	var groups [][]string
-	for len(rest) > 0 {
-		var group []string
-		for name := range rest {
-			if !slices.ContainsFunc(after(name), func(other string) bool { return other != name && rest[other] }) {
-				group = append(group, name)
-			}
+	var order []string
+	seen := map[string]bool{}
+	var visit func(string)
+	visit = func(name string) {
+		if seen[name] {
+			return
 		}
-		if group == nil {
-			group = slices.Collect(maps.Keys(rest))
+		seen[name] = true
+		for _, other := range before[name] {
+			visit(other)
 		}
-		slices.Sort(group)
-		for _, name := range group {
-			delete(rest, name)
+		if due[name] {
+			order = append(order, name)
 		}
-		groups = append(groups, group)
 	}
-	return groups
+	for _, name := range slices.Sorted(slices.Values(names)) {
+		visit(name)
+	}
+	return order
 }
 
 // startedBefore returns the units that the file names as those to be started

@@ -144,10 +144,13 @@ func parse(t *testing.T, input string) (map[string]*want, map[string]have, fence
 	return wants, haves, f
 }
 
-func TestLevels(t *testing.T) {
-	after := map[string][]string{"a": {"b", "x"}, "b": {"c"}, "d": {"e"}, "e": {"d"}, "f": {"f"}}
-	got := levels([]string{"a", "b", "c", "d", "e", "f"}, func(name string) []string { return after[name] })
-	if diff := cmp.Diff([][]string{{"c", "f"}, {"b"}, {"a"}, {"d", "e"}}, got); diff != "" {
+func TestInOrder(t *testing.T) {
+	wants := map[string]*want{
+		"a": {After: []string{"b", "x"}}, "b": {}, "c": {Before: []string{"b"}}, "d": {After: []string{"e"}}, "e": {After: []string{"d"}},
+		"f": {After: []string{"f"}}, "g": {},
+	}
+	got := inOrder([]string{"f", "b", "d", "a", "c", "e"}, wants)
+	if diff := cmp.Diff([]string{"c", "b", "a", "e", "d", "f"}, got); diff != "" {
 		t.Error(diff)
 	}
 }

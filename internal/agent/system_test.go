@@ -181,6 +181,33 @@ func TestSystemInstall(t *testing.T) {
 	}
 }
 
+// Units that are placed at once start in the order that After= and Before= ask for.
+func TestSystemOrder(t *testing.T) {
+	r, _ := newReal(t)
+	p := r.begin()
+	r.generation()
+	p.finish()
+	file := filepath.Join(t.TempDir(), "log")
+	text := func(name, after string) string {
+		return fmt.Sprintf("[Unit]\n%s\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sh -c 'echo begin %[2]s >>%[3]s; sleep 0.3; echo end %[2]s >>%[3]s'\n", after, name, file)
+	}
+	for i := range 20 { // more than may be queued at a time
+		r.place(fmt.Sprintf("other%d.service", i), sleeper(), unit.Launched)
+	}
+	r.place("a.service", text("a", "After=b.service"), unit.Launched)
+	r.place("b.service", text("b", "After=z.service"), unit.Launched)
+	r.place("z.service", text("z", ""), unit.Launched)
+	p = r.begin()
+	r.waitAllActive(23)
+	want := "begin z\nend z\nbegin b\nend b\nbegin a\nend a\n"
+	if log, err := os.ReadFile(file); err != nil || string(log) != want {
+		t.Errorf("the order was %q (%v)", log, err)
+	}
+	if err := p.Leave(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSystemReplace(t *testing.T) {
 	r, _ := newReal(t)
 	p := r.begin()

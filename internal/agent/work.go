@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -120,9 +121,8 @@ func (a *Agent) stopOne(name string, wait func(context.Context) (systemd.Result,
 	})
 }
 
-// start starts and restarts units, all at once but for those that are ordered:
-// systemd orders what it was asked for before the first of it has begun, so a
-// unit is asked for when those that come before it are queued.
+// start starts and restarts units, all at once: systemd is asked for a unit after
+// those that come before it, and orders them by that.
 func (a *Agent) start(now *part, steps []Step) {
 	do := map[string]Action{}
 	var due []string
@@ -133,38 +133,13 @@ func (a *Agent) start(now *part, steps []Step) {
 			due = append(due, s.Unit)
 		}
 	}
-	before := now.startedBefore(due)
-	groups := levels(due, func(name string) []string { return before[name] })
-	called := map[string]chan struct{}{} // closed when the worker has ended
-	for _, name := range due {
-		called[name] = make(chan struct{})
+	turn := make(chan struct{})
+	close(turn)
+	for _, name := range inOrder(due, now.wants) {
+		next := make(chan struct{})
+		a.work(name, do[name], a.call(do[name], now.wants[name], turn, sync.OnceFunc(func() { close(next) })))
+		turn = next
 	}
-	var turns []chan struct{} // of the groups: closed when it is theirs
-	for _, group := range groups {
-		turn := make(chan struct{})
-		turns = append(turns, turn)
-		for _, name := range group {
-			call := a.call(name, do[name], now)
-			a.work(name, do[name], func(ctx context.Context) error {
-				defer close(called[name])
-				select {
-				case <-turn:
-					return call(ctx)
-				case <-ctx.Done():
-					return ctx.Err()
-				}
-			})
-		}
-	}
-	life := a.life
-	a.workers.Go(func() {
-		for i, group := range groups {
-			close(turns[i])
-			if i+1 < len(groups) {
-				a.awaitQueued(life, group, called)
-			}
-		}
-	})
 }
 
 // startable notes that the unit is about to be started, if it can be.
@@ -191,21 +166,28 @@ func (a *Agent) startable(s Step, now *part) bool {
 	return a.note(s.Unit)
 }
 
-// call returns what starts or restarts the unit.
-func (a *Agent) call(name string, do Action, now *part) func(context.Context) error {
-	order := a.cfg.Systemd.Start
+// call returns what starts or restarts a unit when its turn comes, and calls pass
+// when that of the next one has come.
+func (a *Agent) call(do Action, w *want, turn <-chan struct{}, pass func()) func(context.Context) error {
+	name, order := w.unit.Name, a.cfg.Systemd.Start
 	if do == Restart {
 		order = a.cfg.Systemd.Restart
 	}
-	w := now.wants[name]
 	return func(ctx context.Context) error {
-		if w.Exclusive {
-			if err := a.mayStart(ctx, w); err != nil {
-				return err
-			}
+		defer pass()
+		var refused error
+		if w.Exclusive { // all ask at once
+			refused = a.mayStart(ctx, w)
+		}
+		<-turn // it comes soon after ctx has ended, too
+		switch {
+		case refused != nil:
+			return refused
+		case ctx.Err() != nil: // it is to be stopped, or was fenced
+			return ctx.Err()
 		}
 		// A unit that fails was launched all the same: its state says the rest.
-		r, err := order(ctx, name)
+		r, err := order(ctx, name, pass)
 		if r == systemd.Asserted && w.Exclusive {
 			return fmt.Errorf("%w: the fence is closed", errNotNow)
 		}
@@ -232,31 +214,6 @@ func (a *Agent) mayStart(ctx context.Context, w *want) error {
 		return fmt.Errorf("%w: the fence is not armed", errNotNow)
 	}
 	return nil
-}
-
-// awaitQueued waits until systemd knows of each unit that it shall start, but
-// not for long.
-func (a *Agent) awaitQueued(ctx context.Context, group []string, called map[string]chan struct{}) {
-	ctx, cancel := context.WithTimeout(ctx, readyLimit)
-	defer cancel()
-	for pause := time.Millisecond; ; pause *= 2 {
-		found, err := a.cfg.Systemd.Units(ctx, group...)
-		if err != nil || !slices.ContainsFunc(group, func(name string) bool {
-			select {
-			case <-called[name]:
-				return false
-			default:
-				return !have{Status: found[name]}.alive()
-			}
-		}) {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(pause):
-		}
-	}
 }
 
 // releasesAtOnce is how many units leave in one transaction, with two conditions

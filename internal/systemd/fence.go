@@ -101,7 +101,7 @@ func (c *Conn) Fence(ctx context.Context, after time.Duration) error {
 		property("OOMScoreAdjust", int32(-1000)),
 	})
 	noLimit := semaphore.NewWeighted(1) // the fence does not queue behind starts
-	r, err := c.order(ctx, noLimit, manager+".StartTransientUnit",
+	r, err := c.order(ctx, noLimit, nil, manager+".StartTransientUnit",
 		name+".timer", "replace", timer, []sdbus.PropertyCollection{{Name: name + ".service", Properties: service}})
 	if err == nil && r != Done {
 		err = fmt.Errorf("start of its timer: %s", r)

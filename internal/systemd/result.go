@@ -28,8 +28,11 @@ const (
 // systemd refused (ErrNoUnit, or its words) or, wrapping ErrUnknown, that the
 // connection or ctx ended after it was asked. The end of ctx does not cancel the
 // start.
-func (c *Conn) Start(ctx context.Context, name string) (Result, error) {
-	r, err := c.order(ctx, c.starts, manager+".StartUnit", name, "replace")
+//
+// sent is called when the request is on its way: systemd gets later ones after it,
+// and orders two units by After= if it is asked for the first one first.
+func (c *Conn) Start(ctx context.Context, name string, sent ...func()) (Result, error) {
+	r, err := c.order(ctx, c.starts, sent, manager+".StartUnit", name, "replace")
 	if err != nil {
 		return "", fmt.Errorf("start %s: %w", name, err)
 	}
@@ -39,7 +42,7 @@ func (c *Conn) Start(ctx context.Context, name string) (Result, error) {
 // Stop stops the unit and waits until it has stopped, ExecStopPost= included.
 // A unit that is not loaded is stopped: Done. Errors are those of Start.
 func (c *Conn) Stop(ctx context.Context, name string) (Result, error) {
-	r, err := c.order(ctx, c.stops, manager+".StopUnit", name, "replace")
+	r, err := c.order(ctx, c.stops, nil, manager+".StopUnit", name, "replace")
 	return stopped(name, r, err)
 }
 
@@ -79,10 +82,10 @@ func (c *Conn) StopAll(ctx context.Context, names ...string) map[string]func(con
 	return waits
 }
 
-// Restart stops the unit if it runs, then starts it. Result and errors are
+// Restart stops the unit if it runs, then starts it. Result, errors and sent are
 // those of Start.
-func (c *Conn) Restart(ctx context.Context, name string) (Result, error) {
-	r, err := c.order(ctx, c.starts, manager+".RestartUnit", name, "replace")
+func (c *Conn) Restart(ctx context.Context, name string, sent ...func()) (Result, error) {
+	r, err := c.order(ctx, c.starts, sent, manager+".RestartUnit", name, "replace")
 	if err != nil {
 		return "", fmt.Errorf("restart %s: %w", name, err)
 	}
@@ -105,7 +108,7 @@ const beginLimit = 200 * time.Millisecond
 
 // order calls a method that answers with the path of a systemd job, and waits
 // for the end of that job.
-func (c *Conn) order(ctx context.Context, limit *semaphore.Weighted, method string, args ...any) (Result, error) {
+func (c *Conn) order(ctx context.Context, limit *semaphore.Weighted, sent []func(), method string, args ...any) (Result, error) {
 	if err := limit.Acquire(ctx, 1); err != nil {
 		return "", err
 	}
@@ -114,7 +117,11 @@ func (c *Conn) order(ctx context.Context, limit *semaphore.Weighted, method stri
 		limit.Release(1)
 		return "", err
 	}
-	return s.wait(ctx, limit, s.call(ctx, method, args...))
+	call := s.call(ctx, method, args...)
+	for _, tell := range sent {
+		tell()
+	}
+	return s.wait(ctx, limit, call)
 }
 
 // wait waits for the end of the job that the call asked for. When systemd has

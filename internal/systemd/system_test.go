@@ -540,7 +540,7 @@ func TestManyUnits(t *testing.T) {
 			}
 		}
 	})
-	all("start", c.Start)
+	all("start", func(ctx context.Context, name string) (Result, error) { return c.Start(ctx, name) })
 	t.Logf("%d wake-ups", wakes.Load())
 	list("active")
 	took("reload with", func() { must(t, c.Reload(ctx)) })
