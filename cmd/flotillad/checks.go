@@ -25,12 +25,15 @@ func checkNode(_ context.Context, p *patient) []finding {
 	switch {
 	case st == nil:
 		return []finding{ok("node", "none runs on %s yet", p.cfg.Socket)}
-	case !st.Router.Serving:
+	case st.Router != nil && !st.Router.Serving:
 		return []finding{bad("node", "look at its log", "%s runs, but its router does not serve: %s", st.Name, st.Router.Err)}
 	case !st.Store.Live:
 		return []finding{warn("node", "it goes on with the last known state; see to the store", "%s serves, but is stale: %s", st.Name, st.Store.Err)}
 	case len(st.Warnings) > 0:
 		return []finding{warn("node", "flotilla status", "%s serves, with a warning: %s", st.Name, st.Warnings[0])}
+	}
+	if st.Router == nil {
+		return []finding{ok("node", "%s runs units only", st.Name)}
 	}
 	return []finding{ok("node", "%s serves, revision %d applied", st.Name, st.Router.Applied)}
 }

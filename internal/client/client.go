@@ -54,7 +54,7 @@ func SocketAddress(name string) string {
 // over TCP. Errors call the node by where.
 func Over(where string, dial func(ctx context.Context) (net.Conn, error)) *Client {
 	to := func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) }
-	return &Client{where, &http.Client{Transport: &http.Transport{DialContext: to}}}
+	return &Client{where, &http.Client{Transport: &http.Transport{DialContext: to, DisableKeepAlives: true}}}
 }
 
 // Get asks for path and returns the answer.
