@@ -68,9 +68,9 @@ type Config struct {
 
 const (
 	settle = 5 * time.Millisecond // in which events are merged into one pass
-	// While so many units and more change, one pass for all of them spares systemd
-	// much: it looks through all its folders after each change of them, and stops
-	// nothing while it clears up after what has stopped.
+	// many is how many changed units make a pass wait for more of them: for each
+	// pass systemd searches its directories anew, and while it cleans up after units
+	// that have stopped it does not stop others.
 	many          = 8
 	settleMany    = 30 * time.Millisecond // without a further change
 	longestSettle = 300 * time.Millisecond
@@ -106,7 +106,7 @@ type Agent struct {
 	units  map[string]*tracked
 	part   *part // what is wanted here, as the last pass saw it; nil before the first snapshot
 	reload bool  // systemd has to read all files before anything is started
-	// reloadAfter is when it may be made to do so again, unless it has to.
+	// reloadAfter is when that may be asked for again for units that can wait.
 	reloadAfter time.Time
 	lookAll     bool // the status of all units is to be read
 	look        map[string]bool
@@ -211,7 +211,7 @@ func (a *Agent) Leave(ctx context.Context) error {
 	case <-a.empty:
 		return nil
 	default:
-		return fmt.Errorf("stop all units of this machine: %d are left: %w", len(a.Report().Units), ctx.Err())
+		return fmt.Errorf("stop all units of this node: %d are left: %w", len(a.Report().Units), ctx.Err())
 	}
 }
 

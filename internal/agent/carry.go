@@ -22,7 +22,7 @@ func (a *Agent) carry(ctx context.Context, now *part, steps []Step) {
 	a.stop(by[Stop])
 	cctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	a.rest(now, by)
+	a.postpone(now, by)
 	unloaded := a.unload(cctx, names(by[Unload]))
 	loaded := a.load(cctx, now, names(by[Load]))
 	if a.reload || len(unloaded)+len(loaded) > 0 {
@@ -97,10 +97,10 @@ func (a *Agent) needsReload(name string, w *want) bool {
 	return u.On || u.Status.Load != "not-found" || w.Install
 }
 
-// rest takes out of the steps the units whose loading needs systemd to read all
-// files again, if it has just done that and need not anyway: it is deaf meanwhile,
-// and when many units change one after the other it would do little else.
-func (a *Agent) rest(now *part, by map[Action][]Step) {
+// postpone takes out of the steps the units whose loading needs systemd to read all
+// files again, if it has just done that and need not anyway: it does nothing else
+// meanwhile, and when many units change one after the other it would do little else.
+func (a *Agent) postpone(now *part, by map[Action][]Step) {
 	if a.reload || !time.Now().Before(a.reloadAfter) {
 		return
 	}
@@ -128,7 +128,7 @@ func names(steps []Step) []string {
 }
 
 // fail notes what is wrong with a unit, and when to try again. Of trouble the
-// engine is told, which may choose another machine.
+// engine is told, which may choose another node.
 func (a *Agent) fail(name string, err error) {
 	u := a.units[name]
 	u.failures++

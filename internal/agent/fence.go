@@ -139,7 +139,7 @@ func newGuard(a *Agent) *guard {
 	}}
 }
 
-// set says which exclusive units are on this machine.
+// set says which exclusive units are on this node.
 func (g *guard) set(units []string) {
 	g.mu.Lock()
 	g.units = units
@@ -226,8 +226,8 @@ func (g *guard) update(snapshot *state.Snapshot) fenceState {
 	defer g.mu.Unlock()
 	if g.state.exempt && other != "" {
 		g.state.exempt = false
-		g.a.log.Warn("single-machine does not count any more, as there is another machine: exclusive units are fenced. "+
-			"Remove the setting", "machine", other)
+		g.a.log.Warn("the setting single-machine has no effect: there is another node, so exclusive units are fenced. "+
+			"Remove the setting", "node", other)
 	}
 	g.state.now, g.state.t0 = time.Now(), t0
 	return g.state
@@ -283,7 +283,7 @@ func (g *guard) do(ctx context.Context, do fenceAction, s fenceState) error {
 		g.mu.Lock()
 		units := g.units
 		g.mu.Unlock()
-		why := "the store does not confirm that this machine is there"
+		why := "the store does not confirm that this node is there"
 		if !t0.IsZero() && time.Since(t0) < stopAfter(g.a.cfg.TTL) {
 			why = "systemd does not put off its timer in time, although nobody else may run them yet"
 		}

@@ -395,7 +395,7 @@ func (a *Agent) troubleOf(name string, w *want) string {
 	case w != nil && w.Problem != "":
 		return w.Problem
 	case w != nil && !u.On && a.foreign(name) != "":
-		return "the machine has a unit of that name already: " + a.foreign(name)
+		return "the node has a unit of that name already: " + a.foreign(name)
 	case u.On && u.Whole && u.Status.Load != "" && u.Status.Load != "loaded":
 		return "systemd cannot load it: " + cmp.Or(u.detail.LoadError, u.Status.Load)
 	case u.On && u.Launched && u.Status.Active == "failed" && (u.detail.Result == "start-limit-hit" || u.detail.Restarts > 0):

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"reflect"
 	"slices"
 
 	"flotilla/internal/state"
@@ -16,6 +17,7 @@ const maxText = 1 << 20
 
 // part is what one snapshot wants of this node.
 type part struct {
+	of         *state.Snapshot
 	generation int64 // of this node, 0 while it is not registered
 	wants      map[string]*want
 	waiting    map[string]state.UnitState // global units that are not here, and why
@@ -57,10 +59,14 @@ func (w *want) version() version {
 // derive returns what a snapshot wants of this node, and how many units of it are
 // not as in old, which is what an earlier snapshot wanted.
 func (a *Agent) derive(s *state.Snapshot, old *part) (p *part, changed int) {
-	if old == nil {
+	self := s.Nodes[a.cfg.ID]
+	switch {
+	case old == nil || old.of == nil:
 		old = &part{}
+	case sameMap(old.of.Units, s.Units) && old.of.Nodes[a.cfg.ID] == self: // it is about other nodes
+		return old, 0
 	}
-	p = &part{generation: a.cfg.Registration.GenerationIn(s), wants: map[string]*want{}, waiting: map[string]state.UnitState{}}
+	p = &part{of: s, generation: a.cfg.Registration.GenerationIn(s), wants: map[string]*want{}, waiting: map[string]state.UnitState{}}
 	add := func(u *state.Unit, ifHere bool) {
 		w := old.wants[u.Name]
 		if w == nil || w.unit != u || w.generation != p.generation || w.IfHere != ifHere {
@@ -86,7 +92,7 @@ func (a *Agent) derive(s *state.Snapshot, old *part) (p *part, changed int) {
 		}
 	}
 	var settings state.Settings
-	if self := s.Nodes[a.cfg.ID]; self != nil {
+	if self != nil {
 		settings = self.Settings.Value
 	}
 	metadata := settings.Merge(a.cfg.Metadata)
@@ -108,6 +114,12 @@ func (a *Agent) derive(s *state.Snapshot, old *part) (p *part, changed int) {
 	return p, changed
 }
 
+// sameMap reports whether two snapshots share a map, because nothing in it has
+// changed between them.
+func sameMap(a, b map[string]*state.Unit) bool {
+	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
+}
+
 // newWant says what a unit's records want of a node of that generation. old is
 // what an earlier version of them wanted, or nil: its text need not be read again.
 func newWant(u *state.Unit, node string, generation int64, old *want) *want {
@@ -123,7 +135,7 @@ func newWant(u *state.Unit, node string, generation int64, old *want) *want {
 		w.Problem = fmt.Sprintf("its file has %d bytes, more than %d", len(r.Text), maxText)
 	}
 	if generation == 0 {
-		w.Void = "this machine is not registered"
+		w.Void = "this node is not registered"
 	}
 	if u.Placement.Exists() {
 		w.Epoch = at.Epoch
@@ -139,7 +151,7 @@ func newWant(u *state.Unit, node string, generation int64, old *want) *want {
 		switch {
 		case w.Void != "":
 		case at.Generation != generation:
-			w.Void, w.Outlived = "the engine has not yet confirmed it after this machine was away", true
+			w.Void, w.Outlived = "the engine has not yet confirmed it after this node was away", true
 		case at.Approved != u.Hash:
 			w.Void = "the engine has not yet approved its file"
 		}

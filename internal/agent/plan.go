@@ -102,7 +102,7 @@ func planUnit(w *want, h have, f fence) []Step {
 	case h.Resting, h.Busy != "" && h.Busy != Start && h.Busy != Restart:
 		return nil
 	case w == nil:
-		return leave(h, "it is not meant for this machine", false)
+		return leave(h, "it is not meant for this node", false)
 	case w.Release != "":
 		return leave(h, w.Release, !h.Released)
 	case w.Problem != "": // what runs of an earlier version keeps running
@@ -163,7 +163,7 @@ func keep(w *want, h have, f fence) []Step {
 	loadable := h.Status.Load == "loaded"
 	switch {
 	case !h.On:
-		steps, loadable = append(steps, Step{Do: Load, Reason: "it is meant for this machine"}), true
+		steps, loadable = append(steps, Step{Do: Load, Reason: "it is meant for this node"}), true
 	case !h.Whole:
 		steps, loadable = append(steps, Step{Do: Load, Reason: "its files are not complete"}), true
 	case replaced != "":

@@ -207,7 +207,7 @@ func (a *Agent) mayStart(ctx context.Context, w *want) error {
 	f := a.guard.look()
 	switch {
 	case t0.IsZero() || a.cfg.Registration.GenerationIn(s) != w.generation:
-		return fmt.Errorf("%w: this machine's place in the cluster is not confirmed", errNotNow)
+		return fmt.Errorf("%w: this node's place in the cluster is not confirmed", errNotNow)
 	case now.unit == nil || now.version() != w.version():
 		return fmt.Errorf("%w: its place has changed meanwhile", errNotNow)
 	case !f.Open || !f.Exempt && time.Since(t0) >= stopAfter(a.cfg.TTL):
