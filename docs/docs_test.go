@@ -16,6 +16,7 @@ import (
 	"strings"
 	"testing"
 
+	"flotilla/internal/api"
 	"flotilla/internal/nodeconfig"
 )
 
@@ -63,6 +64,19 @@ func TestFlags(t *testing.T) {
 	compare(t, "flag", "reference/flags.md", code, set("(?m)^\\| `--([a-z-]+)`", read(t, "reference/flags.md")))
 }
 
+// Each route of the API stands as a row of a table, with its own line.
+func TestRoutes(t *testing.T) {
+	page := read(t, "reference/api.md")
+	code := map[string]bool{}
+	for _, r := range api.Routes() {
+		code[r.Method+" "+r.Path] = true
+		if row := "| `" + r.Method + " " + r.Path + "` | " + r.Doc + " |\n"; !strings.Contains(page, row) {
+			t.Errorf("reference/api.md has no line %s", row)
+		}
+	}
+	compare(t, "route", "reference/api.md", code, set("(?m)^\\| `([A-Z]+ /(?:v1|metrics)[^`]*)` \\|", page))
+}
+
 // Metrics are made by desc("name", ...) and by options with a Name.
 func TestMetrics(t *testing.T) {
 	code := map[string]bool{}
@@ -73,7 +87,7 @@ func TestMetrics(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"../internal/api/metrics.go", "../internal/fleetapi/metrics.go"} {
+	for _, name := range []string{"../internal/api/metrics.go"} {
 		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
 		if err != nil {
 			t.Fatal(err)

@@ -51,20 +51,22 @@ var packages = map[string]struct {
 	"engine": {layer: 5, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 	"router": {layer: 5},
 
-	"api":       {layer: 6},
-	"logs":      {layer: 6, mustNotKnow: []string{"haproxy", "catalog", "remote"}},
-	"fleetapi":  {layer: 6, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
+	"api":  {layer: 6, mustNotKnow: []string{"systemd", "haproxy", "agent", "router", "dns"}},
+	"logs": {layer: 6, mustNotKnow: []string{"haproxy", "catalog", "remote"}},
+
 	"provision": {layer: 6, mustNotKnow: []string{"catalog", "unit", "state"}},
 
 	// Platforms stand above the interface that they implement.
 	"nspawn": {layer: 7, mustNotKnow: []string{"api", "catalog", "client", "remote", "state", "store", "systemd", "unit"}},
+
+	"fleetapi": {layer: 7, mustNotKnow: []string{"systemd", "haproxy", "catalog", "engine", "store"}},
 
 	"cli":  {layer: 8, mustNotKnow: []string{"api", "fleetapi", "logs", "agent", "engine", "router", "dns", "store", "state", "systemd", "haproxy"}},
 	"node": {layer: 8},
 }
 
 // Test support: only tests and benchmarks import these.
-var testSupport = []string{"store/storetest", "systemd/systemdtest", "remote/sshdtest", "nspawn/nspawntest"}
+var testSupport = []string{"store/storetest", "systemd/systemdtest", "remote/sshdtest", "nspawn/nspawntest", "api/apitest"}
 
 // Whose business a foreign module is; tests may use it as a client would.
 var edges = map[string]string{

@@ -9,7 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"flotilla/internal/client"
+	"flotilla/internal/wire"
 )
 
 // scrapeLimit bounds how long a scrape waits for HAProxy's counters.
@@ -18,8 +18,8 @@ const scrapeLimit = 5 * time.Second
 // metrics are the node's, collected when they are asked for. Only the
 // propagation histogram is counted as things happen.
 type metrics struct {
+	http.Handler
 	s           *Server
-	registry    *prometheus.Registry
 	propagation prometheus.Histogram
 }
 
@@ -62,26 +62,40 @@ var (
 	descSource    = desc("state_source", "1 for the source of the catalog: live, snapshot (disk) or none.", "source")
 	descHeld      = desc("held_endpoints", "Endpoints that vanished at once and stay routed until that is confirmed.")
 
+	descLeading    = desc("engine_leading", "1 on the node whose engine places units.")
+	descPlacements = desc("engine_placements_total", "Units that this node's engine placed.")
+	descReleases   = desc("engine_releases_total", "Units that this node's engine told to leave their node.")
+	descFailures   = desc("engine_failures_total", "Steps that this node's engine could not write as planned; it plans them again.")
+	descPlan       = desc("engine_last_plan_seconds", "Time that the last plan took.")
+	descKnown      = desc("units_known", "Units that the leading engine knows; only on its node.")
+	descUnplaced   = desc("units_unplaced", "Units that should run and have no node; only on the leader's node.")
+	descNodes      = desc("nodes", "Nodes that run units; only on the leader's node.")
+	descUnits      = desc("node_units", "Units on this node, by systemd's active state.", "active")
+	descTroubled   = desc("node_units_troubled", "Units that cannot run on this node.")
+
+	// The names that fleet gave to some of these.
+	descFleetSince  = prometheus.NewDesc("fleet_engine_leader_start_time", "Start time of leadership, Unix seconds; 0 on followers.", nil, nil)
+	descFleetTasks  = prometheus.NewDesc("fleet_engine_task_count_total", "Changes of placements.", nil, nil)
+	descFleetFailed = prometheus.NewDesc("fleet_engine_task_failure_count_total", "Changes of placements that failed.", nil, nil)
+	descFleetPasses = prometheus.NewDesc("fleet_engine_reconcile_count_total", "Passes of the engine.", nil, nil)
+
 	descQueries  = desc("dns_queries_total", "DNS questions by how they were answered.", "answered")
 	descUpstream = desc("dns_upstream_failures_total", "Tries of an upstream resolver that failed.")
 	descCache    = desc("dns_cache_entries", "Answers of upstream resolvers in the cache.")
 )
 
 func newMetrics(s *Server) *metrics {
-	m := &metrics{s: s, registry: prometheus.NewRegistry()}
+	m := &metrics{s: s}
 	m.propagation = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name: "flotilla_propagation_seconds",
 		Help: "Time from a watch event's arrival on this node until HAProxy ran it. How long the event took to get here from the writer's node is not in it: the clocks of two nodes differ by more.",
 		// 0.5 ms to 8 s
 		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15),
 	})
-	m.registry.MustRegister(m, m.propagation, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.registry.MustRegister(s.Collectors...)
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(m, m.propagation, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.Handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
 	return m
-}
-
-func (m *metrics) handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
 }
 
 // Describe sends nothing: which metrics there are depends on the catalog.
@@ -95,10 +109,17 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
 		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
-	m.collectNode(gauge, counter)
-	m.collectServices(gauge, counter)
+	st := m.s.status()
+	m.collectNode(st, gauge, counter)
+	m.collectUnits(gauge, counter)
+	if m.s.Catalog != nil {
+		m.collectRouter(*st.Router, gauge, counter)
+		m.collectServices(gauge, counter)
+		m.collectDNS(*st.DNS, gauge, counter)
+	}
+}
 
-	d := m.s.DNS()
+func (m *metrics) collectDNS(d wire.DNSStats, gauge gaugeFunc, counter counterFunc) {
 	counter(descQueries, d.Local, "local")
 	counter(descQueries, d.Forwarded, "forwarded")
 	counter(descQueries, d.Cached, "cached")
@@ -109,22 +130,68 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	gauge(descCache, float64(d.CacheEntries))
 }
 
+// collectUnits reads the engine and what runs on this node.
+func (m *metrics) collectUnits(gauge gaugeFunc, counter counterFunc) {
+	if m.s.Engine != nil {
+		e := m.s.Engine()
+		since := 0.0
+		if e.Leading {
+			since = float64(e.Since.UnixMilli()) / 1000
+			gauge(descKnown, float64(e.Units))
+			gauge(descUnplaced, float64(e.Unplaced))
+			gauge(descNodes, float64(e.Nodes))
+		}
+		gauge(descLeading, one(e.Leading))
+		counter(descPlacements, e.Placements)
+		counter(descReleases, e.Releases)
+		counter(descFailures, e.Failures)
+		gauge(descPlan, e.LastPass.Seconds())
+		gauge(descFleetSince, since)
+		counter(descFleetTasks, e.Placements+e.Releases)
+		counter(descFleetFailed, e.Failures)
+		counter(descFleetPasses, e.Passes)
+	}
+	if m.s.Report == nil {
+		return
+	}
+	active, troubled := map[string]int{}, 0
+	for _, u := range m.s.Report().Units {
+		if u.Active != "" {
+			active[u.Active]++
+		}
+		if u.Trouble != "" {
+			troubled++
+		}
+	}
+	for state, n := range active {
+		gauge(descUnits, float64(n), state)
+	}
+	gauge(descTroubled, float64(troubled))
+}
+
 type gaugeFunc func(d *prometheus.Desc, v float64, labels ...string)
 type counterFunc func(d *prometheus.Desc, v uint64, labels ...string)
 
-func (m *metrics) collectNode(gauge gaugeFunc, counter counterFunc) {
-	st := m.s.status()
-	gauge(descInfo, 1, st.Name, st.Version, st.Router.Version)
+func (m *metrics) collectRouter(r wire.RouterStatus, gauge gaugeFunc, counter counterFunc) {
+	gauge(descServing, one(r.Serving))
+	gauge(descDraining, one(r.Draining))
+	gauge(descApplied, float64(r.Applied))
+	counter(descReloads, r.Reloads)
+	counter(descResyncs, r.Resyncs)
+	counter(descRouterFix, r.Drift)
+	counter(descCommands, r.Commands)
+	gauge(descSlots, float64(r.Slots-r.FreeSlots), "used")
+	gauge(descSlots, float64(r.FreeSlots), "free")
+}
+
+func (m *metrics) collectNode(st wire.Status, gauge gaugeFunc, counter counterFunc) {
+	haproxy := ""
+	if st.Router != nil {
+		haproxy = st.Router.Version
+	}
+	gauge(descInfo, 1, st.Name, st.Version, haproxy)
 	gauge(descServices, float64(st.Services))
 	gauge(descProblems, float64(st.Problems))
-	gauge(descServing, one(st.Router.Serving))
-	gauge(descDraining, one(st.Router.Draining))
-	counter(descReloads, st.Router.Reloads)
-	counter(descResyncs, st.Router.Resyncs)
-	counter(descRouterFix, st.Router.Drift)
-	counter(descCommands, st.Router.Commands)
-	gauge(descSlots, float64(st.Router.Slots-st.Router.FreeSlots), "used")
-	gauge(descSlots, float64(st.Router.FreeSlots), "free")
 
 	confirmed := 0.0
 	if !st.Store.Confirmed.IsZero() {
@@ -137,8 +204,7 @@ func (m *metrics) collectNode(gauge gaugeFunc, counter counterFunc) {
 	counter(descRestarts, st.Store.Restarts)
 	counter(descLists, st.Store.Lists)
 	gauge(descRevision, float64(st.Revision))
-	gauge(descApplied, float64(st.Router.Applied))
-	for _, source := range []client.Source{client.SourceNone, client.SourceSnapshot, client.SourceLive} {
+	for _, source := range []wire.Source{wire.SourceNone, wire.SourceSnapshot, wire.SourceLive} {
 		gauge(descSource, one(st.Store.Source == source), string(source))
 	}
 	held := 0
@@ -149,7 +215,7 @@ func (m *metrics) collectNode(gauge gaugeFunc, counter counterFunc) {
 }
 
 func (m *metrics) collectServices(gauge gaugeFunc, counter counterFunc) {
-	for svc := range m.s.Feed.Latest().All() {
+	for svc := range m.s.Catalog.Latest().All() {
 		if !svc.Routable() {
 			continue
 		}
@@ -164,10 +230,8 @@ func (m *metrics) collectServices(gauge gaugeFunc, counter counterFunc) {
 	stats, err := m.s.Router.Stats(ctx)
 	gauge(descScrapeBad, one(err != nil))
 	for _, st := range stats {
-		for i, n := range st.Requests {
-			if n > 0 {
-				counter(descRequests, n, st.Service, classes[i])
-			}
+		for class, n := range st.Requests.All() {
+			counter(descRequests, n, st.Service, class)
 		}
 		counter(descConnections, st.Connections, st.Service)
 		counter(descErrors, st.Errors, st.Service)
@@ -176,8 +240,8 @@ func (m *metrics) collectServices(gauge gaugeFunc, counter counterFunc) {
 		counter(descBytes, st.BytesOut, st.Service, "out")
 		gauge(descSessions, float64(st.Active), st.Service)
 		gauge(descQueued, float64(st.Queued), st.Service)
-		gauge(descResponse, st.ResponseMillis/1000, st.Service)
-		gauge(descTotal, st.TotalMillis/1000, st.Service)
+		gauge(descResponse, st.ResponseMS/1000, st.Service)
+		gauge(descTotal, st.TotalMS/1000, st.Service)
 	}
 }
 

@@ -1,212 +1,327 @@
 package api
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
 	"time"
 
-	"flotilla/internal/client"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
+	"flotilla/internal/text"
+	"flotilla/internal/wire"
 )
 
-// NodesPrefix is the key prefix of the records of nodes, a client.NodeRecord each.
-const NodesPrefix = "/flotilla/nodes/"
+func (s *Server) getStatus(*http.Request) (any, error) { return s.status(), nil }
 
-// records returns the records of the live nodes by name and the store revision
-// they were read at. A record that cannot be read still is a node.
-func (s *Server) records(ctx context.Context) ([]client.NodeRecord, int64, error) {
-	items, revision, err := s.Store.List(ctx, NodesPrefix)
-	if err != nil {
-		return nil, 0, err
+func (s *Server) status() wire.Status {
+	known := s.State.Latest()
+	st := wire.Status{
+		Name: s.Node, ID: s.ID, Version: s.Version, Address: s.Address, Domain: s.Domain,
+		Started: s.Started, Uptime: math.Round(time.Since(s.Started).Seconds()*10) / 10,
+		Leader: known.Leader.Value.Name, Store: s.StoreStatus(),
 	}
-	records := make([]client.NodeRecord, len(items))
-	for i, kv := range items {
-		records[i] = record(kv)
+	st.Store.Endpoints = s.Store.Endpoints()
+	if s.Catalog != nil {
+		snapshot, router, dns := s.Catalog.Latest(), s.Router.Status(), s.DNS()
+		st.Services, st.Revision, st.Router, st.DNS = snapshot.Len(), snapshot.Rev(), &router, &dns
+		st.Problems = s.Problems() + len(router.Problems)
+		if snapshot != nil {
+			st.Held = snapshot.Held
+		}
 	}
-	return records, revision, nil
-}
-
-func record(kv store.KV) client.NodeRecord {
-	var r client.NodeRecord
-	if err := json.Unmarshal([]byte(kv.Value), &r); err != nil {
-		r = client.NodeRecord{}
-	}
-	r.Name = strings.TrimPrefix(kv.Key, NodesPrefix)
-	return r
-}
-
-// nodes answers without the store too: with what can still be found out.
-func (s *Server) nodes(ctx context.Context) (*client.Nodes, error) {
-	n := &client.Nodes{Nodes: []client.ClusterNode{}, Store: storeOf(s.Store.Status(ctx))}
-	records, _, err := s.records(ctx)
-	if err != nil && n.Store.Quorum {
-		return nil, err
-	}
-	for _, r := range records {
-		n.Nodes = append(n.Nodes, client.ClusterNode{NodeRecord: r, Self: r.Name == s.Node})
-	}
-	return n, nil
-}
-
-func storeOf(h store.Health) client.StoreHealth {
-	st := client.StoreHealth{Cluster: h.Cluster, Quorum: h.Quorum, Err: h.Err}
-	for _, m := range h.Members {
-		st.Members = append(st.Members, client.Member(m))
+	if s.Warnings != nil {
+		st.Warnings = s.Warnings()
 	}
 	return st
 }
 
-func (s *Server) wait(r *http.Request) (any, error) {
-	revision, err := revisionOf(r)
+// getNodes answers without the store too: with what was known last.
+func (s *Server) getNodes(r *http.Request) (any, error) {
+	health := make(chan wire.StoreHealth, 1)
+	go func() { health <- s.Store.Status(r.Context()) }()
+	known, err := s.State.Full(r.Context())
+	out := wire.Nodes{Nodes: []wire.Node{}, Stale: err != nil, Store: <-health}
 	if err != nil {
-		return nil, err
-	}
-	limit, err := durationOf(r, "timeout", 30*time.Second)
-	if err != nil {
-		return nil, err
-	}
-	applied, err := s.converge(r.Context(), r.FormValue("service"), revision, limit)
-	if err != nil {
-		return nil, err
-	}
-	return client.Written{Revision: revision, Applied: applied}, nil
-}
-
-// errConverged ends a watch whose purpose is reached.
-var errConverged = errors.New("every node has applied the revision")
-
-// converge returns when every live node has applied revision, and has not refused
-// what it says of service, if that is not "". A node that goes away meanwhile is no
-// longer waited for, one that comes is.
-func (s *Server) converge(ctx context.Context, service string, revision int64, limit time.Duration) ([]client.Applied, error) {
-	w := waiting{service: service, revision: revision, refused: map[string]bool{}, began: time.Now(), nodes: map[string]client.Applied{}}
-	limited, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	var last error
-	for {
-		err := w.follow(limited, s)
-		if errors.Is(err, errConverged) {
-			return w.list(), nil
+		if out.Store.Quorum {
+			return nil, err
 		}
-		if limited.Err() == nil || last == nil {
-			last = err
+		known = s.State.Latest()
+	}
+	out.Revision = known.Revision
+	if known.Failover.Usable() {
+		out.Failover = new(failoverOf(known.Failover.Value))
+	}
+	placed := map[string]int{}
+	var globals []string
+	for name, u := range known.Units {
+		if u.Placement.Exists() {
+			placed[u.Placement.Value.Node]++
 		}
-		pause := time.NewTimer(200 * time.Millisecond) // the store is away or compacted the watch
-		select {
-		case <-pause.C:
+		if u.Record.Exists() && u.Requirements.Global {
+			globals = append(globals, name)
+		}
+	}
+	for id, n := range known.Nodes {
+		if !n.Present() {
 			continue
-		case <-limited.Done():
-			pause.Stop()
 		}
-		if err := ctx.Err(); err != nil {
-			return nil, client.Errorf(client.CodeUnavailable, "", "the node is stopping, or nobody waits any more: %v", err)
+		node := s.node(known, n)
+		node.Units = placed[id]
+		for _, name := range globals {
+			if n.Units.Value.Units[name].Hash != "" {
+				node.Globals++
+			}
 		}
-		e := client.Errorf(client.CodeNotConverged, "flotilla nodes list shows how far each node is; nothing is undone, the change still spreads",
-			"revision %d is not applied everywhere after %s: %s", revision, limit, w.laggards())
-		if len(w.nodes) == 0 && last != nil {
-			e.Message = fmt.Sprintf("revision %d: no node could be watched for %s: %v", revision, limit, last)
-		}
-		e.Applied = w.list()
-		return nil, e
+		out.Nodes = append(out.Nodes, node)
+	}
+	slices.SortFunc(out.Nodes, func(a, b wire.Node) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
+	return out, nil
+}
+
+// node returns all that is known of a node but what is on it.
+func (s *Server) node(known *state.Snapshot, n *state.Node) wire.Node {
+	r, set, router := n.Record.Value, n.Settings.Value, n.Router.Value
+	return wire.Node{
+		ID: n.ID, Name: r.Name, Address: r.Address, Peer: r.Peer, Version: r.Version, Started: time.Unix(r.Started, 0).UTC(),
+		BootID: r.BootID, Generation: n.Generation(), Memory: r.Memory, CPU: r.CPU, Counters: r.Counters,
+		Metadata: n.Metadata, Cordon: set.Cordon, Drain: set.Drain, Reason: set.Reason,
+		RunsUnits: r.Units, Routes: r.Routes,
+		Applied: router.Applied, Serving: router.Serving, Draining: router.Draining, Refused: router.Refused,
+		Leader: known.Leader.Exists() && known.Leader.Value.Node == n.ID, Here: n.ID == s.ID,
 	}
 }
 
-// waiting is how far each node is while one caller waits.
-type waiting struct {
-	service  string
-	revision int64
-	began    time.Time
-	nodes    map[string]client.Applied
-	refused  map[string]bool // by node, whose HAProxy does not take the service
+func refOf(known *state.Snapshot, id string) wire.NodeRef {
+	ref := wire.NodeRef{ID: id}
+	if n := known.Nodes[id]; n != nil {
+		ref.Name, ref.Address = n.Record.Value.Name, n.Record.Value.Address
+	}
+	return ref
 }
 
-// follow reads all records and watches them until all have the revision, which
-// it reports as errConverged.
-func (w *waiting) follow(ctx context.Context, s *Server) error {
-	records, at, err := s.records(ctx)
+// findNode returns the ID of the node that somebody means: an ID, a name, an
+// address or the beginning of just one ID. With away it may also be the ID of a
+// node that is not there: one that has settings, or one that looks like systemd's.
+func findNode(known *state.Snapshot, what string, away bool) (string, error) {
+	const hint = "list them with: flotilla nodes list"
+	if n := known.Nodes[what]; n.Present() || away && n != nil {
+		return what, nil
+	}
+	var exactly, begin []string
+	for id, n := range known.Nodes {
+		if r := n.Record.Value; n.Present() && (r.Name == what || r.Address == what) {
+			exactly = append(exactly, id)
+		} else if n.Present() && strings.HasPrefix(id, what) {
+			begin = append(begin, id)
+		}
+	}
+	switch {
+	case what == "":
+		return "", wire.Errorf(wire.CodeBadRequest, hint, "no node is named")
+	case len(exactly) == 1:
+		return exactly[0], nil
+	case len(exactly) > 1:
+		slices.Sort(exactly)
+		return "", wire.Errorf(wire.CodeConflict, "write the ID of one", "%s means %d nodes: %s", text.Show(what), len(exactly), strings.Join(exactly, ", "))
+	case len(begin) == 1:
+		return begin[0], nil
+	case len(begin) > 1:
+		return "", wire.Errorf(wire.CodeConflict, hint, "%d nodes have an ID that begins with %q", len(begin), what)
+	case away && len(what) == 32 && strings.Trim(what, "0123456789abcdef") == "":
+		return what, nil
+	}
+	return "", wire.Errorf(wire.CodeNotFound, hint, "there is no node %q", what)
+}
+
+func (s *Server) postSettings(r *http.Request) (any, error) {
+	var in wire.SettingsChange
+	if err := readBody(r, &in); err != nil {
+		return nil, err
+	}
+	for key, value := range in.Metadata {
+		if value != nil {
+			if err := CheckMetadata(key, *value); err != nil {
+				return nil, wire.Errorf(wire.CodeBadRequest, "", "%v", err)
+			}
+		}
+	}
+	known, err := s.State.Fresh(r.Context())
 	if err != nil {
+		return nil, err
+	}
+	id, err := findNode(known, r.PathValue("node"), true)
+	if err != nil {
+		return nil, err
+	}
+	out := wire.SettingsChanged{Node: refOf(known, id)}
+	var set state.Settings
+	set, out.Changed, out.Revision, err = s.ChangeSettings(r.Context(), id, func(set *state.Settings) { editSettings(set, in) })
+	if err != nil {
+		return nil, err
+	}
+	out.Settings = wire.NodeSettings{Metadata: set.Metadata, Cordon: set.Cordon, Drain: set.Drain, Reason: set.Reason}
+	var own map[string]string
+	if n := known.Nodes[id]; n != nil {
+		own = n.Record.Value.Metadata
+	}
+	out.Metadata = set.Merge(own)
+	return out, nil
+}
+
+// editSettings makes settings what c asks for.
+func editSettings(set *state.Settings, c wire.SettingsChange) {
+	if c.Cordon != nil {
+		set.Cordon = *c.Cordon
+	}
+	if c.Drain != nil {
+		set.Drain = *c.Drain
+	}
+	if c.Reason != nil {
+		set.Reason = *c.Reason
+	}
+	if !set.Cordon && !set.Drain {
+		set.Reason = ""
+	}
+	for key, value := range c.Metadata {
+		if value == nil {
+			delete(set.Metadata, key)
+		} else {
+			set.Metadata[key] = *value
+		}
+	}
+}
+
+// CheckMetadata returns what keeps a node from having that metadata, or nil.
+func CheckMetadata(key, value string) error {
+	const limit = 4096
+	switch {
+	case key == "" || strings.Trim(key, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-") != "":
+		return fmt.Errorf("the key %q is not letters, digits, dots, dashes and underscores", key)
+	case len(key)+len(value) > limit:
+		return fmt.Errorf("%.40s is longer than %d bytes", key, limit)
+	case strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\ufffd' }):
+		return fmt.Errorf("the value of %s has a control character in it", key)
+	}
+	return nil
+}
+
+// maxSettings is the longest record of the settings of one node, in bytes of JSON.
+const maxSettings = 256 << 10
+
+// ChangeSettings changes the settings of a node, whether it is there or not. edit
+// gets what is there now, with a map of metadata that it may change, and may be
+// called again. changed reports whether anything was written.
+func (s *Server) ChangeSettings(ctx context.Context, id string, edit func(*state.Settings)) (now state.Settings, changed bool, revision int64, err error) {
+	key := s.State.Keys.Settings(id)
+	revision, err = s.State.Update(ctx, func(known *state.Snapshot) (state.Tx, error) {
+		var have state.Item[state.Settings]
+		if n := known.Nodes[id]; n != nil {
+			have = n.Settings
+		}
+		if have.Problem != "" {
+			return state.Tx{}, wire.Errorf(wire.CodeConflict, "upgrade this node, or delete "+key, "the settings of node %s cannot be read: %s", id, have.Problem)
+		}
+		now = have.Value
+		now.V, now.Metadata = state.Version, maps.Clone(now.Metadata)
+		if now.Metadata == nil {
+			now.Metadata = map[string]string{}
+		}
+		edit(&now)
+		value := have.With(now)
+		switch {
+		case state.Encode(now) == state.Encode(have.Value), !have.Exists() && state.Encode(now) == state.Encode(state.Settings{V: state.Version}):
+			return state.Tx{}, nil
+		case len(value) > maxSettings:
+			return state.Tx{}, wire.Errorf(wire.CodeBadRequest, "remove what nobody uses", "node %s would have %d bytes of settings, and the limit is %d", id, len(value), maxSettings)
+		}
+		changed = true
+		return state.Tx{Ops: []store.Op{store.Put(key, value)}, Conds: []store.Cond{store.Unchanged(key, have.Modified)}}, nil
+	})
+	if err != nil {
+		return now, false, 0, failed(err, "change the settings of node "+id)
+	}
+	if changed {
+		s.Log.Info("settings of a node changed", "node", id, "cordon", now.Cordon, "drain", now.Drain, "reason", now.Reason, "metadata", now.Metadata, "revision", revision)
+	}
+	return now, changed, revision, nil
+}
+
+// failed says what was tried when it failed, unless err is an answer.
+func failed(err error, what string) error {
+	if e := (*wire.Error)(nil); errors.As(err, &e) {
 		return err
 	}
-	gone := map[string]bool{}
-	for name := range w.nodes {
-		gone[name] = true
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+func failoverOf(f state.Failover) wire.Failover {
+	return wire.Failover{Held: f.Held, Until: f.Until, Allowed: f.Allowed}
+}
+
+// postFailover lets the engine move the units of nodes that are gone although they
+// are many.
+func (s *Server) postFailover(r *http.Request) (any, error) {
+	var in wire.FailoverChange
+	if err := readBody(r, &in); err != nil {
+		return nil, err
 	}
-	for _, r := range records {
-		delete(gone, r.Name)
-		w.saw(r)
+	if !in.Allow {
+		return nil, wire.Errorf(wire.CodeBadRequest, "", `the only thing to say is {"allow": true}`)
 	}
-	for name := range gone {
-		delete(w.nodes, name)
-	}
-	if w.done() {
-		return errConverged
-	}
-	return s.Store.Watch(ctx, NodesPrefix, at+1, func(events []store.Event) error {
-		for _, e := range events {
-			r := record(e.KV)
-			if e.Deleted {
-				delete(w.nodes, r.Name)
-			} else {
-				w.saw(r)
-			}
+	key := s.State.Keys.Failover()
+	var out wire.FailoverChanged
+	written := false
+	revision, err := s.State.Update(r.Context(), func(known *state.Snapshot) (state.Tx, error) {
+		have := known.Failover
+		switch {
+		case have.Problem != "":
+			return state.Tx{}, wire.Errorf(wire.CodeConflict, "upgrade this node, or delete "+key, "what is held back cannot be read: %s", have.Problem)
+		case !have.Exists() || len(have.Value.Held) == 0:
+			return state.Tx{}, wire.Errorf(wire.CodeConflict, "", "nothing is held back")
 		}
-		if w.done() {
-			return errConverged
+		f := have.Value
+		f.Allowed = true
+		out.Failover = failoverOf(f)
+		if have.Value.Allowed {
+			return state.Tx{}, nil
 		}
-		return nil
+		written = true
+		return state.Tx{Ops: []store.Op{store.Put(key, have.With(f))}, Conds: []store.Cond{store.Unchanged(key, have.Modified)}}, nil
 	})
+	if err != nil {
+		return nil, failed(err, "allow the failover")
+	}
+	if written {
+		s.Log.Info("failover of many nodes was allowed by hand", "node", out.Failover.Held, "revision", revision)
+	}
+	out.Revision = revision
+	return out, nil
 }
 
-func (w *waiting) saw(r client.NodeRecord) {
-	if w.nodes[r.Name].Reached {
-		return
+// postLeave takes this node out of the cluster. It answers when its units have
+// stopped.
+func (s *Server) postLeave(r *http.Request) (any, error) {
+	if s.Leave == nil {
+		return nil, wire.Errorf(wire.CodeConflict, "", "the node that answers runs no units: it has nothing to leave with")
 	}
-	since, refused := r.Refused[w.service]
-	w.refused[r.Name] = refused && since <= w.revision
-	a := client.Applied{Node: r.Name, Revision: r.Applied, Reached: r.Applied >= w.revision && !w.refused[r.Name]}
-	if a.Reached {
-		a.MS = float64(time.Since(w.began).Microseconds()) / 1000
-	}
-	w.nodes[r.Name] = a
+	return struct{}{}, s.Leave(r.Context())
 }
 
-func (w *waiting) done() bool {
-	for _, a := range w.nodes {
-		if !a.Reached {
-			return false
-		}
+// deleteMember takes a member out of the store for good.
+func (s *Server) deleteMember(r *http.Request) (any, error) {
+	err := s.Store.RemoveMember(r.Context(), r.PathValue("member"))
+	switch {
+	case errors.Is(err, store.ErrNoMember):
+		return nil, wire.Errorf(wire.CodeNotFound, "flotilla nodes list", "%v", err)
+	case errors.Is(err, store.ErrUnhealthy):
+		return nil, wire.Errorf(wire.CodeConflict, "run it again in some seconds", "%v", err)
 	}
-	return len(w.nodes) > 0
-}
-
-func (w *waiting) list() []client.Applied {
-	list := make([]client.Applied, 0, len(w.nodes))
-	for _, a := range w.nodes {
-		list = append(list, a)
-	}
-	slices.SortFunc(list, func(a, b client.Applied) int { return strings.Compare(a.Node, b.Node) })
-	return list
-}
-
-// laggards returns "n2 is at 41, n3 is at 40".
-func (w *waiting) laggards() string {
-	var behind []string
-	for _, a := range w.list() {
-		if !a.Reached {
-			if w.refused[a.Node] {
-				behind = append(behind, fmt.Sprintf("%s refuses service %s", a.Node, w.service))
-				continue
-			}
-			behind = append(behind, fmt.Sprintf("%s is at %d", a.Node, a.Revision))
-		}
-	}
-	if len(behind) == 0 {
-		return "no node has reported"
-	}
-	return strings.Join(behind, ", ")
+	return struct{}{}, err
 }

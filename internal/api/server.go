@@ -1,15 +1,15 @@
 // Package api is a node's HTTP surface: the API on its unix socket, and the
-// health checks and metrics on its operations socket. It knows the components of its node and the shape of every answer;
-// it must not know HAProxy, how etcd is reached, or how answers are shown to
-// people.
+// health checks and metrics on its operations socket. It knows the components of
+// its node, the state of the cluster and how it is changed without losing anybody
+// else's change; it must not know HAProxy, systemd, how nodes run units, or how
+// answers are shown to people. It asks the engine's pure part why a unit is where
+// it is.
 package api
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -18,57 +18,61 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"flotilla/internal/catalog"
 	"flotilla/internal/client"
-	"flotilla/internal/dns"
-	"flotilla/internal/router"
+	"flotilla/internal/engine"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
+	"flotilla/internal/wire"
 )
 
 // Router is what the API asks of the node's router. *router.Router has it; the
 // tests of this package answer with fixed figures.
 type Router interface {
-	Status() router.Status
-	Applied() (revision int64, changed <-chan struct{})
-	SetDraining(draining bool) error
-	Stats(ctx context.Context) ([]router.ServiceStats, error)
+	Status() wire.RouterStatus
+	Stats(ctx context.Context) ([]wire.ServiceCounters, error)
 }
 
-// Config is what a Server serves. All fields are required but Ports.SNI and
-// those that may be nil.
+// Config is what a Server serves.
 type Config struct {
-	Node    string
+	Node    string // its name
+	ID      string // its ID
 	Version string
 	Address string
 	Domain  string // that DNS answers from the catalog
 	Started time.Time
-	Ports   Ports
 
-	Socket    string // unix socket of the API: for its owner and group
-	OpsSocket string // "@name": abstract unix socket of health checks and metrics, for everybody
+	Socket    string         // unix socket of the API: for its owner and group
+	OpsSocket string         // "@name": abstract unix socket of health checks and metrics, for everybody; "": none
+	Listeners []net.Listener // that serve the API beside its socket
 
-	Policy     catalog.Policy
-	Feed       *catalog.Feed
-	Store      *store.Client
-	Router     Router
-	DNS        func() dns.Stats
-	StoreState func() client.StoreState
-	Problems   func() int      // of all services
-	Warnings   func() []string // troubles of this node; nil: none
-	// AcceptEpoch tells the reflector that the store's present content is the
-	// right one; nil: there is nothing to tell.
+	State *state.Feed
+	Store *store.Client
+	Log   *slog.Logger
+
+	StoreStatus func() wire.StoreStatus
+	Warnings    func() []string             // troubles of this node; nil: none
+	Engine      func() engine.Stats         // nil: there is none
+	Report      func() state.UnitsReport    // what runs on this node; nil: it runs no units
+	Leave       func(context.Context) error // stops all units of this node and takes it out of the cluster; nil: it runs none
+
+	// What follows is nil or 0 on a node that routes no services.
+	Catalog  *catalog.Feed
+	Policy   catalog.Policy
+	Ports    Ports
+	Router   Router
+	DNS      func() wire.DNSStats
+	Problems func() int // of all services
+	// AcceptEpoch tells the reflector of the catalog that the store's present
+	// content is the right one.
 	AcceptEpoch func()
-	// More are routes that other packages serve on the API's socket. Their
-	// errors have the shape of those here.
-	More []func(mux *http.ServeMux)
-	// Collectors are metrics of other packages.
-	Collectors []prometheus.Collector
-	// Listeners serve the API beside its socket.
-	Listeners []net.Listener
-	Log       *slog.Logger
+
+	// What other packages serve on the API's socket; nil: nobody does.
+	Journal    http.HandlerFunc
+	UnitStatus http.HandlerFunc
+	Fleet      http.Handler // fleet's API
 }
 
 // Ports are the node's, as far as answers name them. SNI is 0 when there is none.
@@ -78,11 +82,13 @@ type Ports struct{ HTTP, HTTPS, SNI int }
 type Server struct {
 	Config
 	metrics *metrics
+	pace    pace
 }
 
-// New returns a server for cfg.
+// New returns a server for cfg. What it serves for others may be set until it
+// runs.
 func New(cfg Config) *Server {
-	s := &Server{Config: cfg}
+	s := &Server{Config: cfg, pace: usualPace}
 	s.metrics = newMetrics(s)
 	return s
 }
@@ -95,17 +101,18 @@ func (s *Server) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ops, err := net.Listen("unix", client.SocketAddress(s.OpsSocket))
-	if err != nil {
-		if errors.Is(err, syscall.EADDRINUSE) { // its text has the padding in it
-			err = errors.New("another node with this address and balancer port runs")
-		}
-		err = fmt.Errorf("open socket %s: %w", s.OpsSocket, err)
-		return errors.Join(err, api.Close())
-	}
 	g, ctx := errgroup.WithContext(ctx)
+	if s.OpsSocket != "" {
+		ops, err := net.Listen("unix", client.SocketAddress(s.OpsSocket))
+		if err != nil {
+			if errors.Is(err, syscall.EADDRINUSE) { // its text has the padding in it
+				err = errors.New("another node with this address and balancer port runs")
+			}
+			return errors.Join(fmt.Errorf("open socket %s: %w", s.OpsSocket, err), api.Close())
+		}
+		g.Go(func() error { return Serve(ctx, s.OpsHandler(), s.Log, ops) })
+	}
 	g.Go(func() error { return Serve(ctx, s.Handler(), s.Log, append(s.Listeners, api)...) })
-	g.Go(func() error { return Serve(ctx, s.OpsHandler(), s.Log, ops) })
 	return g.Wait()
 }
 
@@ -172,129 +179,6 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// Handler returns the API.
-func (s *Server) Handler() http.Handler {
-	mux := http.NewServeMux()
-	handle := func(pattern string, answer func(r *http.Request) (any, error)) {
-		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			r.Body = http.MaxBytesReader(w, r.Body, 1<<20)
-			body, err := answer(r)
-			if err != nil {
-				writeError(w, r, s.Log, err)
-				return
-			}
-			writeJSON(w, http.StatusOK, body)
-		})
-	}
-	handle("GET /v1/status", func(*http.Request) (any, error) { return s.status(), nil })
-	handle("GET /v1/services", func(*http.Request) (any, error) { return s.services(), nil })
-	handle("GET /v1/services/{name}", func(r *http.Request) (any, error) { return s.explain(r.Context(), r.PathValue("name")) })
-	handle("PUT /v1/services/{name}", s.putService)
-	handle("DELETE /v1/services/{name}", s.deleteService)
-	handle("GET /v1/problems", func(*http.Request) (any, error) { return s.problems(), nil })
-	handle("GET /v1/nodes", func(r *http.Request) (any, error) { return s.nodes(r.Context()) })
-	handle("GET /v1/wait", s.wait)
-	handle("POST /v1/drain", func(*http.Request) (any, error) { return s.drain(true) })
-	handle("DELETE /v1/drain", func(*http.Request) (any, error) { return s.drain(false) })
-	handle("POST /v1/confirm", s.confirm)
-	handle("DELETE /v1/store/members/{member}", s.removeMember)
-	for _, register := range s.More {
-		register(mux)
-	}
-	return jsonErrors(mux, s.Log)
-}
-
-// Routes returns the API of a node that has no services: only these routes.
-func Routes(log *slog.Logger, more ...func(mux *http.ServeMux)) http.Handler {
-	mux := http.NewServeMux()
-	for _, register := range more {
-		register(mux)
-	}
-	return jsonErrors(mux, log)
-}
-
-// jsonErrors answers what mux does not know in the shape of all other errors.
-func jsonErrors(mux *http.ServeMux, log *slog.Logger) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h, pattern := mux.Handler(r)
-		if pattern != "" {
-			mux.ServeHTTP(w, r)
-			return
-		}
-		found := &head{header: http.Header{}}
-		h.ServeHTTP(found, r)
-		switch allow := found.header.Get("Allow"); {
-		case found.status == http.StatusMethodNotAllowed:
-			w.Header().Set("Allow", allow)
-			writeError(w, r, log, client.Errorf(client.CodeNotAllowed, "", "%s does not take %s, only %s", r.URL.Path, r.Method, allow))
-		default:
-			writeError(w, r, log, client.Errorf(client.CodeNotFound, "", "there is nothing at %s", r.URL.Path))
-		}
-	})
-}
-
-// head is a ResponseWriter that keeps the status and drops the body.
-type head struct {
-	header http.Header
-	status int
-}
-
-func (h *head) Header() http.Header         { return h.header }
-func (h *head) WriteHeader(status int)      { h.status = status }
-func (h *head) Write(b []byte) (int, error) { return len(b), nil }
-
-func writeJSON(w http.ResponseWriter, status int, body any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	out := json.NewEncoder(w)
-	out.SetEscapeHTML(false)
-	out.SetIndent("", "  ")
-	_ = out.Encode(body) // a client that is gone does not want it
-}
-
-func writeError(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
-	e := asError(err)
-	if e.Code == client.CodeInternal {
-		log.Error("a request ended in an error", "method", r.Method, "path", r.URL.Path, "err", err)
-	}
-	writeJSON(w, e.Code.Status(), struct {
-		Error *client.Error `json:"error"`
-	}{e})
-}
-
-// asError gives an error of the store its code; one that has a code keeps it.
-func asError(err error) *client.Error {
-	var e *client.Error
-	switch {
-	case errors.As(err, &e):
-		return e
-	case errors.Is(err, store.ErrConflict):
-		return client.Errorf(client.CodeConflict, "run it again", "%v", err)
-	case errors.Is(err, store.ErrUnknown):
-		return client.Errorf(client.CodeUnknown, "look with: flotilla services list", "%v", err)
-	case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		return client.Errorf(client.CodeUnavailable, "see: flotilla status, flotilla doctor", "%v", err)
-	}
-	return client.Errorf(client.CodeInternal, "", "%v", err)
-}
-
-// readBody decodes a JSON body strictly into v; an empty body is allowed.
-func readBody(r *http.Request, v any) error {
-	in := json.NewDecoder(r.Body)
-	in.DisallowUnknownFields()
-	err := in.Decode(v)
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
-	if err == nil && in.More() {
-		err = errors.New("more than one JSON value")
-	}
-	if err != nil {
-		return client.Errorf(client.CodeBadRequest, "", "the request's body is not what %s %s takes: %v", r.Method, r.URL.Path, err)
-	}
-	return nil
-}
-
 // OpsHandler returns the health checks and metrics.
 func (s *Server) OpsHandler() http.Handler {
 	mux := http.NewServeMux()
@@ -312,13 +196,13 @@ func (s *Server) OpsHandler() http.Handler {
 	check("GET /healthz", func() error { return nil })
 	check("GET /readyz", s.ready)
 	check("GET /freshz", s.fresh)
-	mux.Handle("GET /metrics", s.metrics.handler())
+	mux.Handle("GET /metrics", s.metrics)
 	return mux
 }
 
 // ready returns why this node does not route, or nil. Stale routing is routing.
 func (s *Server) ready() error {
-	if s.Feed.Latest() == nil {
+	if s.Catalog.Latest() == nil {
 		return errors.New("no catalog is loaded yet")
 	}
 	if st := s.Router.Status(); !st.Serving {
@@ -335,7 +219,7 @@ func (s *Server) fresh() error {
 	if err := s.ready(); err != nil {
 		return err
 	}
-	st := s.StoreState()
+	st := s.StoreStatus()
 	switch {
 	case st.Live:
 		return nil

@@ -152,6 +152,9 @@ func (f *Feed) FollowReports() (release func()) {
 type Tx struct {
 	Ops   []store.Op
 	Conds []store.Cond
+	// Unknown is called when it is unknown whether this was written, and may be nil.
+	// What counts, such as restarts, has to look whether it was before it counts on.
+	Unknown func()
 }
 
 // Update writes the transaction that change makes of the present state, and
@@ -172,6 +175,9 @@ func (f *Feed) Update(ctx context.Context, change func(*Snapshot) (Tx, error)) (
 			return s.Revision, err
 		}
 		revision, err := f.store.Apply(ctx, tx.Ops, tx.Conds...)
+		if errors.Is(err, store.ErrUnknown) && tx.Unknown != nil {
+			tx.Unknown()
+		}
 		if err == nil || attempt == attempts || !errors.Is(err, store.ErrConflict) && !errors.Is(err, store.ErrUnknown) {
 			return revision, err
 		}

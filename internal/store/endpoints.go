@@ -15,6 +15,8 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
+
+	"flotilla/internal/wire"
 )
 
 // How often and how long each endpoint is probed.
@@ -164,22 +166,22 @@ func (p *probe) read(ctx context.Context) {
 }
 
 // roster returns what the list says of each member.
-func roster(members []*etcdserverpb.Member) []Member {
-	list := make([]Member, len(members))
+func roster(members []*etcdserverpb.Member) []wire.Member {
+	list := make([]wire.Member, len(members))
 	for i, m := range members {
-		list[i] = Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
+		list[i] = wire.Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
 		if len(m.ClientURLs) > 0 {
 			list[i].Endpoint = m.ClientURLs[0]
 		}
 	}
-	slices.SortFunc(list, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(list, func(a, b wire.Member) int { return strings.Compare(a.ID, b.ID) })
 	return list
 }
 
 // Members returns the members, voters and learners, as Run has last read them
 // linearizably: name, ID, Endpoint and Learner, by ID. While the store is away
 // the last list stays. It is nil if none was read, and must not be changed.
-func (c *Client) Members() []Member {
+func (c *Client) Members() []wire.Member {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.roster
@@ -251,40 +253,16 @@ func (c *Client) use(endpoints []string) {
 	c.etcd.SetEndpoints(endpoints...)
 }
 
-// Member is one member of the store as Status found it.
-type Member struct {
-	Name      string        `json:"name"` // "" until it has started once
-	ID        string        `json:"id"`   // hexadecimal, as etcdctl writes it
-	Endpoint  string        `json:"endpoint"`
-	Learner   bool          `json:"learner"` // not a voter
-	Leader    bool          `json:"leader"`
-	Reachable bool          `json:"reachable"`
-	Version   string        `json:"version"`  // of etcd
-	DBSize    int64         `json:"db_size"`  // bytes of the file
-	DBInUse   int64         `json:"db_inuse"` // bytes of it that hold data
-	Quota     int64         `json:"quota"`    // bytes that the file may reach; 0 not known
-	Latency   time.Duration `json:"latency"`  // of the question
-	Err       string        `json:"err"`      // what is wrong with it; "" if nothing is
-}
-
-// Health is the state of the store.
-type Health struct {
-	Cluster string   `json:"cluster"` // id, hexadecimal; "" not known
-	Quorum  bool     `json:"quorum"`  // the members were read linearizably
-	Members []Member `json:"members"` // by name
-	Err     string   `json:"err"`     // why there is no quorum; "" when there is
-}
-
 // Status asks every member how it is. It answers without a quorum too, with
 // what can still be found out.
-func (c *Client) Status(ctx context.Context) Health {
+func (c *Client) Status(ctx context.Context) wire.StoreHealth {
 	ctx, cancel := withLimit(ctx, writeLimit)
 	defer cancel()
 	lctx, done := context.WithTimeout(ctx, readLimit)
 	lctx, tried := recorded(lctx)
 	list, err := c.etcd.MemberList(lctx)
 	done()
-	h := Health{Quorum: err == nil}
+	h := wire.StoreHealth{Quorum: err == nil}
 	if err != nil {
 		h.Err = c.explain("list the members", tried.cause(err)).Error()
 		lctx, done := context.WithTimeout(ctx, readLimit/2)
@@ -292,25 +270,25 @@ func (c *Client) Status(ctx context.Context) Health {
 		done()
 		if err != nil {
 			for _, e := range c.everyEndpoint() {
-				h.Members = append(h.Members, c.ask(ctx, Member{}, []string{e}))
+				h.Members = append(h.Members, c.ask(ctx, wire.Member{}, []string{e}))
 			}
 			return h
 		}
 	}
 	h.Cluster = strconv.FormatUint(list.Header.ClusterId, 16)
-	h.Members = make([]Member, len(list.Members))
+	h.Members = make([]wire.Member, len(list.Members))
 	var g sync.WaitGroup
 	for i, m := range list.Members {
-		h.Members[i] = Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
+		h.Members[i] = wire.Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
 		g.Go(func() { h.Members[i] = c.ask(ctx, h.Members[i], m.ClientURLs) })
 	}
 	g.Wait()
-	slices.SortFunc(h.Members, func(a, b Member) int { return strings.Compare(a.Name+a.ID, b.Name+b.ID) })
+	slices.SortFunc(h.Members, func(a, b wire.Member) int { return strings.Compare(a.Name+a.ID, b.Name+b.ID) })
 	return h
 }
 
 // ask completes m with what the first of its endpoints that answers says.
-func (c *Client) ask(ctx context.Context, m Member, urls []string) Member {
+func (c *Client) ask(ctx context.Context, m wire.Member, urls []string) wire.Member {
 	if len(urls) > 0 {
 		m.Endpoint = urls[0]
 	}

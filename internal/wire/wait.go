@@ -32,6 +32,7 @@ type Wait struct {
 	Names    []string `json:"names,omitempty"`    // of units: names and patterns, as in Changes
 	Node     string   `json:"node,omitempty"`     // of GoalEmpty, as in POST /v1/nodes/{node}/settings
 	Revision int64    `json:"revision,omitempty"` // of GoalApplied
+	Service  string   `json:"service,omitempty"`  // of GoalApplied: whose revision it is, if that is known
 	Limit    string   `json:"limit,omitempty"`    // such as "30s"; "" is for ever
 }
 

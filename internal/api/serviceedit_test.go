@@ -10,8 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"flotilla/internal/catalog"
-	"flotilla/internal/client"
 	"flotilla/internal/store"
+	"flotilla/internal/wire"
 )
 
 func have(kvs map[string]string) keys {
@@ -22,9 +22,9 @@ func have(kvs map[string]string) keys {
 	return k
 }
 
-func parseChange(t *testing.T, body string) client.Change {
+func parseChange(t *testing.T, body string) wire.ServiceChange {
 	t.Helper()
-	var c client.Change
+	var c wire.ServiceChange
 	if err := json.Unmarshal([]byte(body), &c); err != nil {
 		t.Fatal(err)
 	}
@@ -89,21 +89,21 @@ func TestChangeCheck(t *testing.T) {
 	}})
 	for _, test := range []struct {
 		name, service, body string
-		code                client.Code
+		code                wire.Code
 		want                string
 	}{
 		{"good", "web", `{"scheme":"http","add_endpoints":["10.0.0.1:80"],"options":{"sticky":true}}`, "", ""},
-		{"no scheme", "web", `{"add_endpoints":["10.0.0.1:80"]}`, client.CodeInvalid, "has no scheme"},
-		{"scheme", "web", `{"scheme":"gopher"}`, client.CodeInvalid, `scheme "gopher"`},
-		{"endpoint", "web", `{"scheme":"http","add_endpoints":["10.0.0.1"]}`, client.CodeInvalid, `hosts/1 "10.0.0.1"`},
-		{"link-local", "web", `{"scheme":"http","add_endpoints":["169.254.169.254:80"]}`, client.CodeInvalid, "metadata"},
-		{"newline", "web", `{"scheme":"http","endpoints":{"1":"10.0.0.1:80\nbind :1"}}`, client.CodeInvalid, `hosts/1 "10.0.0.1:80\nbind :1"`},
-		{"endpoint name", "web", `{"scheme":"http","endpoints":{"a/b":"10.0.0.1:80"}}`, client.CodeInvalid, "cannot name an endpoint"},
-		{"option", "web", `{"scheme":"http","options":{"stikcy":true}}`, client.CodeInvalid, "stikcy"},
-		{"service name", "web.1", `{"scheme":"http"}`, client.CodeInvalid, "service name"},
-		{"same name but for case", "shop", `{"scheme":"http"}`, client.CodeConflict, "there is a service Shop already"},
-		{"port of another", "web", `{"scheme":"http","host_port":81}`, client.CodeConflict, "host_port 81 belongs to service Shop"},
-		{"domain of another", "web", `{"scheme":"http","add_domains":["shop.example.com"]}`, client.CodeConflict, "domain shop.example.com belongs to service Shop"},
+		{"no scheme", "web", `{"add_endpoints":["10.0.0.1:80"]}`, wire.CodeInvalid, "has no scheme"},
+		{"scheme", "web", `{"scheme":"gopher"}`, wire.CodeInvalid, `scheme "gopher"`},
+		{"endpoint", "web", `{"scheme":"http","add_endpoints":["10.0.0.1"]}`, wire.CodeInvalid, `hosts/1 "10.0.0.1"`},
+		{"link-local", "web", `{"scheme":"http","add_endpoints":["169.254.169.254:80"]}`, wire.CodeInvalid, "metadata"},
+		{"newline", "web", `{"scheme":"http","endpoints":{"1":"10.0.0.1:80\nbind :1"}}`, wire.CodeInvalid, `hosts/1 "10.0.0.1:80\nbind :1"`},
+		{"endpoint name", "web", `{"scheme":"http","endpoints":{"a/b":"10.0.0.1:80"}}`, wire.CodeInvalid, "cannot name an endpoint"},
+		{"option", "web", `{"scheme":"http","options":{"stikcy":true}}`, wire.CodeInvalid, "stikcy"},
+		{"service name", "web.1", `{"scheme":"http"}`, wire.CodeInvalid, "service name"},
+		{"same name but for case", "shop", `{"scheme":"http"}`, wire.CodeConflict, "there is a service Shop already"},
+		{"port of another", "web", `{"scheme":"http","host_port":81}`, wire.CodeConflict, "host_port 81 belongs to service Shop"},
+		{"domain of another", "web", `{"scheme":"http","add_domains":["shop.example.com"]}`, wire.CodeConflict, "domain shop.example.com belongs to service Shop"},
 		{"own port", "Shop", `{"host_port":81,"scheme":"http"}`, "", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -112,7 +112,7 @@ func TestChangeCheck(t *testing.T) {
 			if err == nil {
 				err = e.check(test.service, keys{}, catalog.Policy{}, others)
 			}
-			var got *client.Error
+			var got *wire.Error
 			switch {
 			case test.code == "" && err != nil:
 				t.Error(err)

@@ -10,8 +10,8 @@ import (
 	"strings"
 
 	"flotilla/internal/catalog"
-	"flotilla/internal/client"
 	"flotilla/internal/store"
+	"flotilla/internal/wire"
 )
 
 // keys are those below /services/<name>/ by their names.
@@ -25,7 +25,7 @@ func (e edits) set(name, value string) { e[name] = &value }
 
 // edit returns what c has to write for a service whose keys are have. Values
 // that are already there are left out.
-func edit(c *client.Change, have keys) (edits, error) {
+func edit(c *wire.ServiceChange, have keys) (edits, error) {
 	e := edits{}
 	if c.Scheme != nil {
 		e["scheme"] = unlessEmpty(*c.Scheme)
@@ -68,10 +68,10 @@ func unlessEmpty(s string) *string {
 	return &s
 }
 
-func editEndpoints(c *client.Change, have keys, e edits) error {
+func editEndpoints(c *wire.ServiceChange, have keys, e edits) error {
 	for n, addr := range c.Endpoints {
 		if n == "" || strings.Contains(n, "/") {
-			return client.Errorf(client.CodeInvalid, "write it as 1=10.0.0.5:8080", "%q cannot name an endpoint", n)
+			return wire.Errorf(wire.CodeInvalid, "write it as 1=10.0.0.5:8080", "%q cannot name an endpoint", n)
 		}
 		e["hosts/"+n] = addr
 		if addr == nil {
@@ -121,7 +121,7 @@ func (have keys) endpoint(addr string, e edits) bool {
 
 // editDomains keeps domains/<n> keys as they are where their value stays; new
 // ones are named by the domain itself.
-func editDomains(c *client.Change, have keys, e edits) {
+func editDomains(c *wire.ServiceChange, have keys, e edits) {
 	there := map[string]string{} // key name by domain
 	for name, kv := range have {
 		if strings.HasPrefix(name, "domains/") {
@@ -177,7 +177,7 @@ func merge(old string, fields map[string]json.RawMessage) *string {
 // says against the edited keys. It also looks at what other services hold.
 func (e edits) check(service string, have keys, policy catalog.Policy, others *catalog.Snapshot) error {
 	if len(have) == 0 && e["scheme"] == nil && len(e) > 0 {
-		return client.Errorf(client.CodeInvalid, "add --scheme http or --scheme tcp", "service %s is new and has no scheme", strconv.Quote(service))
+		return wire.Errorf(wire.CodeInvalid, "add --scheme http or --scheme tcp", "service %s is new and has no scheme", strconv.Quote(service))
 	}
 	batch := catalog.Batch{Reset: true, Revision: 1}
 	for name, kv := range have {
@@ -206,7 +206,7 @@ func (e edits) check(service string, have keys, policy catalog.Policy, others *c
 		}
 	}
 	if len(wrong) > 0 {
-		return client.Errorf(client.CodeInvalid, "nothing was written; mend it and run the command again", "service %s: %s", strconv.Quote(service), strings.Join(wrong, "; "))
+		return wire.Errorf(wire.CodeInvalid, "nothing was written; mend it and run the command again", "service %s: %s", strconv.Quote(service), strings.Join(wrong, "; "))
 	}
 	return e.conflict(service, others)
 }
@@ -215,7 +215,7 @@ func (e edits) check(service string, have keys, policy catalog.Policy, others *c
 // that the edits ask for.
 func (e edits) conflict(service string, others *catalog.Snapshot) error {
 	if other := others.Fold(service); other != nil && other.Name != service && others.Service(service) == nil {
-		return client.Errorf(client.CodeConflict, "choose another name", "there is a service %s already, and host names make no difference between it and %s", other.Name, service)
+		return wire.Errorf(wire.CodeConflict, "choose another name", "there is a service %s already, and host names make no difference between it and %s", other.Name, service)
 	}
 	port := e["host_port"]
 	for svc := range others.All() {
@@ -223,11 +223,11 @@ func (e edits) conflict(service string, others *catalog.Snapshot) error {
 			continue
 		}
 		if port != nil && strconv.Itoa(svc.HostPort) == *port {
-			return client.Errorf(client.CodeConflict, "choose another port, or see: flotilla services explain "+svc.Name, "host_port %s belongs to service %s", *port, svc.Name)
+			return wire.Errorf(wire.CodeConflict, "choose another port, or see: flotilla services explain "+svc.Name, "host_port %s belongs to service %s", *port, svc.Name)
 		}
 		for _, d := range svc.Domains {
 			if e["domains/"+d] != nil {
-				return client.Errorf(client.CodeConflict, "remove it there first: flotilla services set "+svc.Name+" --remove-domain "+d, "domain %s belongs to service %s", d, svc.Name)
+				return wire.Errorf(wire.CodeConflict, "remove it there first: flotilla services set "+svc.Name+" --remove-domain "+d, "domain %s belongs to service %s", d, svc.Name)
 			}
 		}
 	}
