@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"flotilla/internal/child"
 	"flotilla/internal/registry"
 )
 
@@ -33,11 +34,10 @@ func (c *settings) Machine(version string) (registry.Machine, error) {
 	if err := registry.CheckMachineID(m.ID); err != nil {
 		return m, fmt.Errorf("%s: %w; %s", from, err, remedy)
 	}
-	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return m, fmt.Errorf("read the boot ID: %w", err)
+	var err error
+	if m.BootID, err = child.BootID(); err != nil {
+		return m, err
 	}
-	m.BootID = bootID(string(bytes.TrimSpace(raw)))
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
 		return m, fmt.Errorf("read the size of the memory: %w", err)
@@ -59,21 +59,4 @@ func (c *settings) Machine(version string) (registry.Machine, error) {
 		m.API = netip.AddrPortFrom(addr, uint16(c.APIPort)).String()
 	}
 	return m, nil
-}
-
-// bootID tells boots apart also in containers, which share the kernel's boot
-// ID: their first process started at another time.
-func bootID(kernel string) string {
-	stat, err := os.ReadFile("/proc/1/stat")
-	if err != nil {
-		return kernel
-	}
-	// The name in parentheses may hold anything; the start time is the 20th field
-	// behind it.
-	rest := stat[max(0, bytes.LastIndex(stat, []byte(") ")))+1:]
-	fields := bytes.Fields(rest)
-	if len(fields) < 20 {
-		return kernel
-	}
-	return kernel + "-" + string(fields[19])
 }
