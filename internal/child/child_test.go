@@ -292,6 +292,26 @@ func TestAdoptedIsStopped(t *testing.T) {
 	}
 }
 
+// The pid file of a process that is gone, whose number nobody has, names nothing to
+// adopt: a node and its store that were killed together start again.
+func TestGoneIsNotAdopted(t *testing.T) {
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	boot, err := BootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "pid")
+	if err := os.WriteFile(file, fmt.Appendln(nil, gone.Process.Pid, 1, boot), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := adopt(file); p != nil || err != nil {
+		t.Errorf("adopt = %v, %v; want nothing", p, err)
+	}
+}
+
 func TestStrangerIsNotAdopted(t *testing.T) {
 	stranger := exec.Command("sleep", "600")
 	if err := stranger.Start(); err != nil {

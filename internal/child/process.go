@@ -63,6 +63,10 @@ func adopt(pidFile string) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open process %d: %w", pid, err)
 	}
+	// One that FindProcess did not find has no handle, and is said to be done.
+	if errors.Is(proc.Signal(syscall.Signal(0)), os.ErrProcessDone) {
+		return nil, nil
+	}
 	p, err := watch(proc)
 	if errors.Is(err, os.ErrProcessDone) || errors.Is(err, os.ErrNotExist) {
 		return nil, nil // it is gone

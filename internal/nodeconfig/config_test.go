@@ -126,6 +126,20 @@ func TestValidate(t *testing.T) {
 		{"long data", func(c *Config) { c.Data = "/" + strings.Repeat("d", 80) }, "longer than 70 bytes"},
 		{"path with a space", func(c *Config) { c.Data = "/tmp/a b" }, "choose another path"},
 		{"domain", func(c *Config) { c.DNSDomain = "-x" }, "not a domain name"},
+		{"units", func(c *Config) { c.Units = "yes" }, `--units "yes": not one of the choices; give auto, on or off`},
+		{"on-stop", func(c *Config) { c.OnStop = "" }, "give keep or drain"},
+		{"log-format", func(c *Config) { c.LogFormat = "xml" }, "give text or json"},
+		{"machine-id", func(c *Config) { c.MachineID = "a/b" }, `--machine-id "a/b": not up to 64 letters`},
+		{"metadata", func(c *Config) { c.Metadata = []string{"disk=ssd", "zone"} }, `--metadata "zone": not key=value`},
+		{"counter", func(c *Config) { c.Counters = []string{"gpu=-1"} }, `--counter "gpu=-1": not name=number`},
+		{"units-dir", func(c *Config) { c.UnitsDir = "units" }, "not an absolute path without special characters"},
+		{"machine-ttl", func(c *Config) { c.MachineTTL = 1 }, "not from 2 to 3600 seconds"},
+		{"key-prefix", func(c *Config) { c.KeyPrefix = "/services/x/" }, "not a place for these records"},
+		{"api-port", func(c *Config) { c.APIPort = -1 }, `--api-port "-1": not a port`},
+		{"token-limit", func(c *Config) { c.TokenLimit = 0 }, "leave it out for 100"},
+		{"max-connections", func(c *Config) { c.MaxConnections = -1 }, "give 0 or more"},
+		{"api-listen", func(c *Config) { c.APIListen = []string{"unix:x"} }, "neither ip:port nor unix:/path"},
+		{"api-listen for all", func(c *Config) { c.APIListen = []string{"10.0.0.1:1"} }, "anything as root on every machine"},
 		{"key without certificate", func(c *Config) { c.EtcdKeyFile = "/dev/null" }, "belong together"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -140,6 +154,16 @@ func TestValidate(t *testing.T) {
 	c.Name, c.HTTPPort, c.DNSDomain = "", 0, "?"
 	if err := c.Validate(); err == nil || strings.Count(err.Error(), "\n") != 2 {
 		t.Errorf("three mistakes are not told at once: %v", err)
+	}
+}
+
+// Each rule is about a setting that there is.
+func TestRules(t *testing.T) {
+	c := valid()
+	for _, r := range c.rules() {
+		if _, ok := c.option(r.option); !ok {
+			t.Errorf("there is no --%s", r.option)
+		}
 	}
 }
 

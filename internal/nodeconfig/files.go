@@ -71,8 +71,8 @@ func Files(programs Programs, settings []Setting) ([]File, error) {
 
 // settingLine returns a setting as a line of the configuration file.
 func settingLine(s Setting) (string, error) {
-	o, ok := lookup(s.Name)
-	if !ok {
+	o, _ := new(Config).option(s.Name)
+	if !IsSetting(s.Name) {
 		return "", fmt.Errorf("nodes of this version have no setting %s", s.Name)
 	}
 	switch o.Value.Type() {
@@ -88,17 +88,8 @@ func settingLine(s Setting) (string, error) {
 	return s.Name + ": " + s.Value + "\n", nil
 }
 
-// IsSetting reports whether nodes have a setting of that name.
+// IsSetting reports whether the configuration file has a setting of that name.
 func IsSetting(name string) bool {
-	_, ok := lookup(name)
-	return ok
-}
-
-// lookup returns the option of that name.
-func lookup(name string) (Option, bool) {
-	options := new(Config).Options()
-	if i := slices.IndexFunc(options, func(o Option) bool { return o.Name == name && name != "config" }); i >= 0 {
-		return options[i], true
-	}
-	return Option{}, false
+	_, ok := new(Config).option(name)
+	return ok && name != "config"
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"flotilla/internal/text"
 )
 
 // Option is one field of a Config seen as a flag.
@@ -38,6 +40,14 @@ func (v *Value) String() string {
 		return strings.Join(list, ",")
 	}
 	return fmt.Sprint(v.field.Interface())
+}
+
+// entries returns the entries of a list, or the one value of another field.
+func (v *Value) entries() []string {
+	if list, ok := v.field.Interface().([]string); ok {
+		return list
+	}
+	return []string{v.String()}
 }
 
 // Type returns the word that stands for the argument in help texts.
@@ -101,6 +111,15 @@ func (c *Config) Options() []Option {
 	return list
 }
 
+// option returns the option of that name.
+func (c *Config) option(name string) (Option, bool) {
+	options := c.Options()
+	if i := slices.IndexFunc(options, func(o Option) bool { return o.Name == name }); i >= 0 {
+		return options[i], true
+	}
+	return Option{}, false
+}
+
 // EnvironmentName returns the variable that sets an option.
 func EnvironmentName(option string) string {
 	return "FLOTILLA_" + strings.ToUpper(strings.ReplaceAll(option, "-", "_"))
@@ -160,19 +179,12 @@ func variables(environ []string) (map[string]string, error) {
 	var found []error
 	for _, kv := range environ {
 		name, value, _ := strings.Cut(kv, "=")
-		if !strings.HasPrefix(name, "FLOTILLA_") {
-			continue
-		}
 		option, ok := known[name]
-		if !ok && slices.Contains(foreign, name) {
-			continue
-		}
-		if !ok {
-			found = append(found, fmt.Errorf("environment: %s is not a setting of this program%s", name, didYouMean(name, known)))
-			continue
-		}
-		if value != "" {
+		switch {
+		case ok && value != "":
 			vars[option] = value
+		case !ok && strings.HasPrefix(name, "FLOTILLA_") && !slices.Contains(foreign, name):
+			found = append(found, fmt.Errorf("environment: %s is not a setting of this program%s", name, didYouMean(name, slices.Sorted(maps.Keys(known)))))
 		}
 	}
 	return vars, errors.Join(found...)
@@ -211,35 +223,31 @@ func (c *Config) read(path string, raw []byte) error {
 
 // readSettings reads the pairs of key and value nodes of a yaml mapping.
 func (c *Config) readSettings(path string, pairs []*yaml.Node) error {
-	fields := map[string]*Value{}
-	known := map[string]string{}
+	var known []string
 	for _, o := range c.Options() {
-		if o.Name != "config" {
-			fields[o.Name], known[o.Name] = o.Value, o.Name
-		}
+		known = append(known, o.Name)
 	}
 	var found []error
 	seen := map[string]int{}
 	for i := 0; i+1 < len(pairs); i += 2 {
 		key, value := pairs[i], pairs[i+1]
-		v, ok := fields[key.Value]
+		complain := func(line int, format string, args ...any) {
+			found = append(found, fmt.Errorf("%s:%d: %w", path, line, fmt.Errorf(format, args...)))
+		}
+		o, _ := c.option(key.Value)
 		switch {
-		case !ok:
-			found = append(found, fmt.Errorf("%s:%d: unknown setting %q%s", path, key.Line, key.Value, didYouMean(key.Value, known)))
+		case !IsSetting(key.Value):
+			complain(key.Line, "unknown setting %q%s", key.Value, didYouMean(key.Value, known))
 			continue
 		case seen[key.Value] != 0:
-			found = append(found, fmt.Errorf("%s:%d: %s is already set in line %d", path, key.Line, key.Value, seen[key.Value]))
+			complain(key.Line, "%s is already set in line %d", key.Value, seen[key.Value])
 			continue
 		}
 		seen[key.Value] = key.Line
-		if v.field.Kind() == reflect.Slice && value.Kind == yaml.ScalarNode {
-			if err := v.Set(value.Value); err != nil {
-				found = append(found, fmt.Errorf("%s:%d: %s: %w", path, value.Line, key.Value, err))
-			}
-			continue
-		}
-		if err := value.Decode(v.field.Addr().Interface()); err != nil {
-			found = append(found, fmt.Errorf("%s:%d: %s: %q is not a %s", path, value.Line, key.Value, value.Value, v.Type()))
+		if o.Value.Type() == "list" && value.Kind == yaml.ScalarNode {
+			_ = o.Value.Set(value.Value) // a list takes any text
+		} else if err := value.Decode(o.Value.field.Addr().Interface()); err != nil {
+			complain(value.Line, "%s: %q is not a %s", key.Value, value.Value, o.Value.Type())
 		}
 	}
 	return errors.Join(found...)
@@ -247,36 +255,10 @@ func (c *Config) readSettings(path string, pairs []*yaml.Node) error {
 
 // didYouMean returns "; did you mean X?" for the known word nearest to word, or
 // "" if none is near.
-func didYouMean[V any](word string, known map[string]V) string {
-	best, at := 4, ""
-	for _, k := range slices.Sorted(maps.Keys(known)) {
-		if d := distance(word, k); d < best && d < len(k)/2+1 {
-			best, at = d, k
-		}
-	}
-	if at == "" {
+func didYouMean(word string, known []string) string {
+	near := text.Nearest(word, known)
+	if near == "" {
 		return ""
 	}
-	return fmt.Sprintf("; did you mean %s?", at)
-}
-
-// distance is the number of letters to change, add or leave out to turn a into b.
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
+	return fmt.Sprintf("; did you mean %s?", near)
 }
