@@ -74,9 +74,9 @@ type Config struct {
 	SingleMachine bool     `yaml:"single-machine" help:"there is no other machine to take over: exclusive units run on while the store is away"`
 	OnStop        string   `yaml:"on-stop" help:"what becomes of units when the node is stopped: keep or drain"`
 	Engine        bool     `yaml:"engine" help:"whether this node may become the leader that places units"`
-	KeyPrefix     string   `yaml:"key-prefix" help:"where the records of units and machines are in the store"`
+	KeyPrefix     string   `yaml:"key-prefix" help:"where the records of units and nodes are in the store"`
 	APIListen     []string `yaml:"api-listen" help:"further ip:port or unix:PATH to serve the API on; whoever reaches it is root (repeatable)"`
-	APIPort       int      `yaml:"api-port" help:"port on which other nodes read logs of units, and ask whether the store has a leader (0: off)"`
+	APIPort       int      `yaml:"api-port" help:"port on which other nodes read logs of units (0: off)"`
 	TokenLimit    int      `yaml:"token-limit" help:"entries on one page of fleet's API"`
 	UnitsOnly     bool     `yaml:"units-only" help:"run units only: no router and no DNS server"`
 
