@@ -1,8 +1,8 @@
 // Package cli is the command line of flotilla and of fleetctl: what people type and
 // what they read. It knows a node's API, ssh, and the clusters of this machine, and
-// is what formats for people, also for flotillad. It must not know the daemons, nor
-// import anything that takes long to initialise: most commands take less time than
-// etcd, gRPC and Prometheus take to start.
+// formats for people, also for flotillad. It asks and prints: names are resolved and
+// waits are judged by the node. It must not import the daemons, nor anything that is
+// slow to initialise, such as etcd, gRPC and Prometheus.
 package cli
 
 import (
@@ -22,6 +22,7 @@ import (
 	"flotilla/internal/client"
 	"flotilla/internal/nodeconfig"
 	"flotilla/internal/remote"
+	"flotilla/internal/wire"
 )
 
 // Version is set by the linker.
@@ -72,7 +73,7 @@ type cli struct {
 	shared  *pflag.FlagSet // see clientFlags
 
 	fleet   bool // it speaks as fleetctl does
-	reach   fleetReach
+	reach   reach
 	connect func() *client.Client // nil: to socket
 }
 
@@ -101,7 +102,7 @@ func Root(name, short, long string) *cobra.Command {
 
 func newRoot() *cobra.Command {
 	c := &cli{}
-	root := Root("flotilla", "Route, resolve and run services on a cluster of Linux machines",
+	root := Root("flotilla", "Run services on a cluster of Linux machines, and route requests to them",
 		`Flotilla runs services on a cluster of Linux machines and routes requests to them:
 it places systemd units, moves them when a machine dies, routes by host, path or
 port on every node, and answers names in DNS. What is wanted is written to etcd;
@@ -112,10 +113,9 @@ These commands ask a node of the cluster, on this machine or through ssh
 	section(root, "Services", c.servicesCommand())
 	section(root, "Units", c.submitCommand(), c.loadCommand(), c.startCommand(), c.stopCommand(), c.restartCommand(), c.unloadCommand(), c.destroyCommand(),
 		c.catCommand(), c.verifyCommand(), c.listUnitsCommand(), c.listUnitFilesCommand(), c.explainCommand(), c.moveCommand(), c.journalCommand())
-	section(root, "Machines", c.machinesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand(), c.sshCommand())
-	section(root, "Cluster", c.nodesCommand(), c.clusterCommand())
-	section(root, "Node", c.statusCommand(), doctorCommand())
-	root.AddCommand(fdForwardCommand(), daemonCommand("node"), daemonCommand("store"))
+	section(root, "Nodes", c.nodesCommand(), c.listMachinesCommand(), c.rebalanceCommand(), c.failoverCommand(), c.sshCommand(), c.clusterCommand())
+	section(root, "This node", c.statusCommand(), doctorCommand())
+	root.AddCommand(fdForwardCommand(), elsewhere("node", "flotillad node"), elsewhere("store", "flotillad store"), elsewhere("machines", "flotilla nodes"))
 	return root
 }
 
@@ -210,22 +210,22 @@ func report(w io.Writer, program string, err error) int {
 	code := ExitFailed
 	var hints []string
 	var bad *usageError
-	var answer *client.Error
+	var answer *wire.Error
 	var help hinted
 	var own exitCode
+	var known *remote.Error
 	if errors.As(err, &own) {
 		code = own.code
 	}
 	if errors.Is(err, ErrReported) {
 		return code
 	}
-	var known *remote.Error
 	switch {
 	case errors.As(err, &bad):
 		code, hints = ExitUsage, []string{bad.hint}
 	case errors.As(err, &answer):
 		hints = []string{answer.Hint}
-		if answer.Code == client.CodeNotConverged {
+		if answer.Code == wire.CodeNotConverged {
 			code = ExitNotConverged
 		}
 	case errors.As(err, &help):
@@ -275,14 +275,12 @@ func group(use, short string, sub ...*cobra.Command) *cobra.Command {
 func Between(least, most int, what string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {
-		case len(args) < least && what == "":
-			return Usage(cmd.CommandPath()+" takes no argument", cmd.CommandPath()+" --help")
 		case len(args) < least:
 			return Usage(cmd.CommandPath()+" needs "+what, cmd.UseLine())
 		case len(args) > most && most == 0:
-			return Usage(fmt.Sprintf("%s takes no argument, and %q is one", cmd.CommandPath(), args[0]), cmd.UseLine())
+			return Usage(fmt.Sprintf("%s takes no arguments; unexpected argument %q", cmd.CommandPath(), args[0]), cmd.UseLine())
 		case len(args) > most:
-			return Usage(fmt.Sprintf("%s takes %s, and %q is too much", cmd.CommandPath(), what, args[most]), cmd.UseLine())
+			return Usage(fmt.Sprintf("%s takes %s; unexpected argument %q", cmd.CommandPath(), what, args[most]), cmd.UseLine())
 		}
 		return nil
 	}

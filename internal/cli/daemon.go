@@ -44,12 +44,12 @@ func doctorCommand() *cobra.Command {
 	}
 }
 
-// daemonCommand says where to find a command that flotillad has and flotilla has not.
-func daemonCommand(name string) *cobra.Command {
+// elsewhere is a command that is not here, and says where it is.
+func elsewhere(name, there string) *cobra.Command {
 	return &cobra.Command{
 		Use: name, Hidden: true, DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return Usage(fmt.Sprintf("there is no command %q", cmd.CommandPath()), "did you mean: flotillad "+name)
+			return Usage(fmt.Sprintf("there is no command %q", cmd.CommandPath()), "did you mean: "+there)
 		},
 	}
 }

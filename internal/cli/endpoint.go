@@ -98,7 +98,7 @@ func (c *cli) reachNode(cmd *cobra.Command) (bool, error) {
 
 // forwarder is the command that joins its input and output with a socket of the
 // machine on which it runs.
-func (r *fleetReach) forwarder() string {
+func (r *reach) forwarder() string {
 	if r.fleet {
 		return "fleetctl fd-forward"
 	}
@@ -106,7 +106,7 @@ func (r *fleetReach) forwarder() string {
 }
 
 // entries returns the nodes to try; none if there is no tunnel.
-func (r *fleetReach) entries() ([]remote.Target, error) {
+func (r *reach) entries() ([]remote.Target, error) {
 	if r.tunnel == "" {
 		return nil, nil
 	}
@@ -123,7 +123,7 @@ func (r *fleetReach) entries() ([]remote.Target, error) {
 
 // entry returns the connection to the entry node, which is opened once and ends
 // with the program.
-func (r *fleetReach) entry(ctx context.Context) (*remote.Client, error) {
+func (r *reach) entry(ctx context.Context) (*remote.Client, error) {
 	r.entering.Lock()
 	defer r.entering.Unlock()
 	if r.entered != nil {
@@ -149,7 +149,7 @@ func (r *fleetReach) entry(ctx context.Context) (*remote.Client, error) {
 }
 
 // far connects through the entry node to what an endpoint names.
-func (r *fleetReach) far(ctx context.Context, network, address string) (net.Conn, error) {
+func (r *reach) far(ctx context.Context, network, address string) (net.Conn, error) {
 	entry, err := r.entry(ctx)
 	if err != nil {
 		return nil, err
@@ -160,7 +160,7 @@ func (r *fleetReach) far(ctx context.Context, network, address string) (net.Conn
 	return entry.DialTCP(ctx, address)
 }
 
-func (r *fleetReach) sshOptions() remote.Options {
+func (r *reach) sshOptions() remote.Options {
 	home, err := os.UserHomeDir()
 	if err != nil {
 		home = "/" // then nothing is found there

@@ -10,43 +10,65 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"flotilla/internal/client"
+	"flotilla/internal/wire"
 )
 
 // fleetctl: the same program under another name takes fleetctl's flags, prints
 // its texts and ends with its exit codes.
 
 // fleetSays is an error in fleetctl's words.
-type fleetSays struct {
-	prefix string
-	err    error
-}
+type fleetSays string
+
+func (e fleetSays) Error() string { return string(e) }
 
 // fleetText is an error that says what fleetctl says.
-func fleetText(format string, args ...any) error { return fleetSays{fmt.Sprintf(format, args...), nil} }
+func fleetText(format string, args ...any) error { return fleetSays(fmt.Sprintf(format, args...)) }
 
-func (e fleetSays) Error() string {
-	if e.err == nil {
-		return e.prefix
-	}
-	var answer *client.Error
-	if text := e.err.Error(); !errors.As(e.err, &answer) || answer.Status == 0 {
-		return e.prefix + text
-	}
-	// The text that people's scripts look for.
-	return e.prefix + strings.Replace(e.err.Error(), answer.Message, fmt.Sprintf("googleapi: Error %d: %s", answer.Status, answer.Message), 1)
+// phrases are fleetctl's words about what a command came to.
+type phrases struct {
+	failed  string // format of another error: [1] is the error, [2] the unit
+	missing string // format of the error that there is no unit: [2] as above
+	done    string // the units are there
 }
 
-func (e fleetSays) Unwrap() error { return e.err }
+var bringPhrases = phrases{failed: "Error creating units: %[1]s"}
 
-// closing is an error with text behind it.
-type closing struct {
-	error
-	text string
+var fleetPhrases = map[string]phrases{
+	"submit": bringPhrases, "load": bringPhrases, "start": bringPhrases,
+	"stop":            {done: "stopped"},
+	"unload":          {done: "unloaded"},
+	"destroy":         {failed: "Error destroying units: %[1]s"},
+	"cat":             {failed: "Error retrieving Unit %[2]s: %[1]s", missing: "Unit %[2]s not found."},
+	"status":          {missing: "Unit %[2]s does not exist."},
+	"journal":         {missing: "Unit %[2]s does not exist."},
+	"list-units":      {failed: "Error retrieving list of units from repository: %[1]s"},
+	"list-unit-files": {failed: "Error retrieving list of units from repository: %[1]s"},
+	"list-machines": {failed: "Error retrieving list of active machines from fleet API (%[1]s)\nPossible issues:\n" +
+		"  etcd is unhealthy and/or lost quorum\n  connection cannot be established to any etcd servers"},
 }
 
-func (e closing) Error() string { return e.error.Error() + e.text }
-func (e closing) Unwrap() error { return e.error }
+// fleetWords returns what fleetctl says about an error of a command.
+func fleetWords(cmd *cobra.Command, err error) string {
+	said, message, name := fleetPhrases[cmd.Name()], err.Error(), ""
+	if args := cmd.Flags().Args(); len(args) == 1 {
+		name, _ = unitName(args[0])
+	}
+	var own fleetSays
+	var answer *wire.Error
+	switch {
+	case errors.As(err, &own):
+		return message
+	case isNotFound(err) && said.missing != "" && name != "":
+		return fmt.Sprintf(said.missing, "", name)
+	case errors.As(err, &answer) && answer.Status != 0:
+		// The text that people's scripts look for.
+		message = strings.Replace(message, answer.Message, fmt.Sprintf("googleapi: Error %d: %s", answer.Status, answer.Message), 1)
+	}
+	if said.failed == "" {
+		return message
+	}
+	return fmt.Sprintf(said.failed, message, name)
+}
 
 // runFleetctl executes one command line of fleetctl and returns the exit code.
 func runFleetctl(args []string, stdout, stderr io.Writer) int {
@@ -81,12 +103,7 @@ func reportFleet(cmd *cobra.Command, w io.Writer, err error) int {
 	if errors.As(err, &own) && own.code != ExitNotConverged {
 		code = own.code
 	}
-	text := err.Error()
-	var said fleetSays
-	if !errors.As(err, &said) {
-		text = fleetSays{err: err}.Error()
-	}
-	Say(w, "%s\n", strings.TrimSuffix(text, "\n"))
+	Say(w, "%s\n", strings.TrimSuffix(fleetWords(cmd, err), "\n"))
 	return code
 }
 
@@ -149,7 +166,7 @@ Commands may be shortened, as long as it is clear which is meant.`, Version),
 	}
 	root.AddCommand(c.catCommand(), c.destroyCommand(), c.listMachinesCommand(), c.listUnitFilesCommand(), c.listUnitsCommand(),
 		c.loadCommand(), c.restartCommand(), c.startCommand(), c.stopCommand(), c.submitCommand(), c.unloadCommand(), c.verifyCommand(),
-		c.journalCommand(), c.unitStatusCommand(), c.sshCommand(), fdForwardCommand(),
+		c.journalCommand(), c.statusCommand(), c.sshCommand(), fdForwardCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version and exit",
 			Run: func(cmd *cobra.Command, _ []string) { Say(cmd.OutOrStdout(), "fleetctl version %s\n", Version) },

@@ -20,8 +20,8 @@ import (
 	"flotilla/internal/remote"
 )
 
-// fleetReach is how the program is told to reach the cluster.
-type fleetReach struct {
+// reach is how the program is told to reach the cluster.
+type reach struct {
 	fleet                                  bool // by fleetctl's flags
 	endpoint, tunnel, username, knownHosts string
 	sshTimeout                             float64
@@ -58,7 +58,7 @@ func (c *cli) fleetEndpoint() error {
 	}
 	dial, err := c.reach.dialer(first)
 	if err != nil {
-		return fleetSays{"Unable to initialize client: ", err}
+		return fleetText("Unable to initialize client: %v", err)
 	}
 	there := client.Over(first, dial)
 	c.connect = func() *client.Client { return there }
@@ -87,7 +87,7 @@ func unserved(path string) bool {
 }
 
 // dialer returns what connects to an endpoint.
-func (r *fleetReach) dialer(endpoint string) (func(context.Context) (net.Conn, error), error) {
+func (r *reach) dialer(endpoint string) (func(context.Context) (net.Conn, error), error) {
 	u, err := url.Parse(endpoint)
 	if err != nil {
 		return nil, err
@@ -137,7 +137,7 @@ func (r *fleetReach) dialer(endpoint string) (func(context.Context) (net.Conn, e
 	return nil, fmt.Errorf("unable to connect with scheme %q", u.Scheme)
 }
 
-func (r *fleetReach) tls(host string) (*tls.Config, error) {
+func (r *reach) tls(host string) (*tls.Config, error) {
 	cfg := &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}
 	if r.caFile != "" {
 		pem, err := os.ReadFile(r.caFile)

@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
 
@@ -22,6 +24,32 @@ func SayJSON(w io.Writer, v any) error {
 	out.SetIndent("", "  ")
 	out.SetEscapeHTML(false)
 	return out.Encode(v)
+}
+
+// show prints the answer to a request as --output says, or returns its error.
+func show[T any](c *cli, cmd *cobra.Command, answer T, err error, text func(w io.Writer, answer T)) error {
+	switch {
+	case err != nil:
+		return err
+	case c.output == "json":
+		return SayJSON(cmd.OutOrStdout(), answer)
+	}
+	text(cmd.OutOrStdout(), answer)
+	return nil
+}
+
+// asking is what a command does that sends one request and shows the answer. {} in
+// the path is the first argument.
+func asking[T any](c *cli, method, path string, body any, text func(w io.Writer, answer T)) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		to := path
+		if len(args) > 0 {
+			to = strings.Replace(path, "{}", url.PathEscape(args[0]), 1)
+		}
+		var answer T
+		err := c.dial().Do(cmd.Context(), method, to, nil, body, &answer)
+		return show(c, cmd, answer, err, text)
+	}
 }
 
 // colourOn reports whether w is a terminal whose user wants colours.
@@ -53,6 +81,9 @@ func (p Painter) Bold(s string) string   { return p.paint("1", s) }
 // table prints rows in columns; the first is the heading. Cells must not be
 // coloured: escape codes would count as letters.
 func table(w io.Writer, rows ...[]string) { columnar(w, 0, 2, ' ', rows) }
+
+// tabs prints rows as fleetctl does: columns end in one or more tabs.
+func tabs(w io.Writer, rows [][]string) { columnar(w, 8, 1, '\t', rows) }
 
 // columnar prints rows by a tabwriter of these settings, which on its own would
 // write every cell to w by itself.
@@ -87,11 +118,4 @@ func ago(t time.Time) string {
 		return "never"
 	}
 	return time.Since(t).Round(time.Second).String()
-}
-
-func count(n int, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
 }

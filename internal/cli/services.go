@@ -5,14 +5,19 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"sort"
+	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"flotilla/internal/catalog"
 	"flotilla/internal/client"
+	"flotilla/internal/text"
+	"flotilla/internal/wire"
 )
 
 func (c *cli) servicesCommand() *cobra.Command {
@@ -23,38 +28,30 @@ func (c *cli) servicesCommand() *cobra.Command {
 func (c *cli) servicesList() *cobra.Command {
 	return &cobra.Command{
 		Use: "list", Short: "List all services", Args: Between(0, 0, ""),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := c.dial().Services(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if c.output == "json" {
-				return SayJSON(cmd.OutOrStdout(), list)
-			}
-			if len(list) == 0 {
-				Say(cmd.OutOrStdout(), "No services yet. Add one: flotilla services set web --scheme http --endpoint 10.0.0.5:8080\n")
-				return nil
-			}
-			rows := [][]string{{"NAME", "SCHEME", "ENDPOINTS", "HOST PORT", "PRIVATE", "DOMAINS", "PROBLEMS"}}
-			for _, s := range list {
-				endpoints := strconv.Itoa(s.Endpoints)
-				if s.Draining > 0 {
-					endpoints += fmt.Sprintf(" (%d draining)", s.Draining)
-				}
-				port := ""
-				if s.HostPort != 0 {
-					port = strconv.Itoa(s.HostPort)
-				}
-				problems := ""
-				if s.Problems > 0 {
-					problems = strconv.Itoa(s.Problems)
-				}
-				rows = append(rows, []string{s.Name, dash(s.Scheme), endpoints, dash(port), yes(s.Private), dash(strings.Join(s.Domains, ",")), dash(problems)})
-			}
-			table(cmd.OutOrStdout(), rows...)
-			return nil
-		},
+		RunE: asking(c, http.MethodGet, "/v1/services", nil, sayServices),
 	}
+}
+
+func sayServices(w io.Writer, list []wire.ServiceSummary) {
+	if len(list) == 0 {
+		Say(w, "No services yet. Add one: flotilla services set web --scheme http --endpoint 10.0.0.5:8080\n")
+		return
+	}
+	number := func(n int) string {
+		if n == 0 {
+			return "-"
+		}
+		return strconv.Itoa(n)
+	}
+	rows := [][]string{{"NAME", "SCHEME", "ENDPOINTS", "HOST PORT", "PRIVATE", "DOMAINS", "PROBLEMS"}}
+	for _, s := range list {
+		endpoints := strconv.Itoa(s.Endpoints)
+		if s.Draining > 0 {
+			endpoints += fmt.Sprintf(" (%d draining)", s.Draining)
+		}
+		rows = append(rows, []string{s.Name, dash(s.Scheme), endpoints, number(s.HostPort), yes(s.Private), dash(strings.Join(s.Domains, ",")), number(s.Problems)})
+	}
+	table(w, rows...)
 }
 
 // setFlags are those of services set.
@@ -67,8 +64,7 @@ type setFlags struct {
 	options                 []string
 	drain, undrain          []string
 	weight, zone            []string
-	wait                    bool
-	timeout                 time.Duration
+	converge
 }
 
 func (c *cli) servicesSet() *cobra.Command {
@@ -85,15 +81,7 @@ func (c *cli) servicesSet() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			wait := time.Duration(0)
-			if f.wait {
-				wait = f.timeout
-			}
-			w, err := c.dial().Set(cmd.Context(), args[0], change, wait)
-			if err != nil {
-				return err
-			}
-			return c.sayWritten(cmd.OutOrStdout(), w, "service "+args[0]+" is as asked already", "service "+args[0]+" set")
+			return c.write(cmd, http.MethodPut, args[0], change, f.converge, "service "+args[0]+" is as asked already", "service "+args[0]+" set")
 		},
 	}
 	fl := cmd.Flags()
@@ -109,19 +97,39 @@ func (c *cli) servicesSet() *cobra.Command {
 	fl.StringArrayVar(&f.undrain, "undrain", nil, "name of an endpoint that takes requests again (repeatable)")
 	fl.StringArrayVar(&f.weight, "weight", nil, "NAME=0..256, share of an endpoint; 100 is usual (repeatable)")
 	fl.StringArrayVar(&f.zone, "zone", nil, "NAME=TEXT, where an endpoint is (repeatable)")
-	waitFlags(cmd, &f.wait, &f.timeout)
-	noFiles(cmd, "scheme", "http", "https", "http-and-https", "tcp")
+	f.converge.add(cmd)
+	err := cmd.RegisterFlagCompletionFunc("scheme", cobra.FixedCompletions([]string{"http", "https", "http-and-https", "tcp"}, cobra.ShellCompDirectiveNoFileComp))
+	if err != nil {
+		panic(fmt.Sprintf("complete --scheme: %v", err)) // no such flag: a mistake in this program
+	}
 	return cmd
 }
 
-func waitFlags(cmd *cobra.Command, wait *bool, timeout *time.Duration) {
-	cmd.Flags().BoolVar(wait, "wait", false, "return when every live node routes it, and say how long each took")
-	cmd.Flags().DurationVar(timeout, "timeout", 30*time.Second, "how long to --wait; after that the exit code is 3")
+// converge says whether a write waits until every node routes it, and how long.
+type converge struct {
+	wait    bool
+	timeout time.Duration
+}
+
+func (v *converge) add(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&v.wait, "wait", false, "return when every live node routes it, and say how long each took")
+	cmd.Flags().DurationVar(&v.timeout, "timeout", 30*time.Second, "how long to --wait; after that the exit code is 3")
+}
+
+// write changes a service and prints what came of it.
+func (c *cli) write(cmd *cobra.Command, method, service string, body any, v converge, same, done string) error {
+	query := url.Values{}
+	if v.wait {
+		query.Set("wait", v.timeout.String())
+	}
+	var written wire.Written
+	err := c.dial().Do(cmd.Context(), method, "/v1/services/"+url.PathEscape(service), query, body, &written)
+	return show(c, cmd, written, err, sayWritten(same, done))
 }
 
 // change turns the flags that were given into the body of a request.
-func (f *setFlags) change(cmd *cobra.Command) (client.Change, error) {
-	var change client.Change
+func (f *setFlags) change(cmd *cobra.Command) (wire.ServiceChange, error) {
+	var change wire.ServiceChange
 	given := cmd.Flags().Changed
 	if given("scheme") {
 		change.Scheme = &f.scheme
@@ -190,20 +198,20 @@ func set[V any](m *map[string]V, key string, value V) {
 	(*m)[key] = value
 }
 
-// scalar returns text as JSON: numbers, true and false as they are, nothing as
+// scalar returns a value as JSON: numbers, true and false as they are, nothing as
 // null, all else as a string.
-func scalar(text string) json.RawMessage {
-	if text == "" {
+func scalar(value string) json.RawMessage {
+	if value == "" {
 		return json.RawMessage("null")
 	}
-	if json.Valid([]byte(text)) && !strings.ContainsAny(text[:1], `[{"`) {
-		return json.RawMessage(text)
+	if json.Valid([]byte(value)) && !strings.ContainsAny(value[:1], `[{"`) {
+		return json.RawMessage(value)
 	}
-	return quoted(text)
+	return quoted(value)
 }
 
-func quoted(text string) json.RawMessage {
-	raw, err := json.Marshal(text)
+func quoted(value string) json.RawMessage {
+	raw, err := json.Marshal(value)
 	if err != nil { // a string always is JSON
 		return json.RawMessage("null")
 	}
@@ -211,80 +219,58 @@ func quoted(text string) json.RawMessage {
 }
 
 // sayWritten prints the result of a write.
-func (c *cli) sayWritten(w io.Writer, written client.Written, same, done string) error {
-	if c.output == "json" {
-		return SayJSON(w, written)
+func sayWritten(same, done string) func(w io.Writer, written wire.Written) {
+	return func(w io.Writer, written wire.Written) {
+		if written.Changed {
+			Say(w, "%s at revision %d\n", done, written.Revision)
+		} else {
+			Say(w, "%s\n", same)
+		}
+		slowest := 0.0
+		for _, a := range written.Applied {
+			slowest = max(slowest, a.MS)
+			Say(w, "  %s routes it after %.0f ms\n", a.Node, a.MS)
+		}
+		if n := len(written.Applied); n > 0 {
+			Say(w, "applied on %s in %.0f ms\n", text.Count(n, "node"), slowest)
+		}
 	}
-	if written.Changed {
-		Say(w, "%s at revision %d\n", done, written.Revision)
-	} else {
-		Say(w, "%s\n", same)
-	}
-	slowest := 0.0
-	for _, a := range written.Applied {
-		slowest = max(slowest, a.MS)
-	}
-	for _, a := range written.Applied {
-		Say(w, "  %s routes it after %.0f ms\n", a.Node, a.MS)
-	}
-	if n := len(written.Applied); n > 0 {
-		Say(w, "applied on %s in %.0f ms\n", count(n, "node"), slowest)
-	}
-	return nil
 }
 
 func (c *cli) servicesRemove() *cobra.Command {
-	var wait bool
-	var timeout time.Duration
+	var v converge
 	cmd := &cobra.Command{
 		Use: "remove NAME...", Short: "Remove services and all their keys",
 		Args: Between(1, 1000, "the name of a service"), ValidArgsFunction: c.completeServices,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			limit := time.Duration(0)
-			if wait {
-				limit = timeout
-			}
 			for _, name := range args {
-				w, err := c.dial().Remove(cmd.Context(), name, limit)
-				if err != nil {
-					return err
-				}
-				if err := c.sayWritten(cmd.OutOrStdout(), w, "", "service "+name+" removed"); err != nil {
+				if err := c.write(cmd, http.MethodDelete, name, nil, v, "", "service "+name+" removed"); err != nil {
 					return err
 				}
 			}
 			return nil
 		},
 	}
-	waitFlags(cmd, &wait, &timeout)
+	v.add(cmd)
 	return cmd
 }
 
 func (c *cli) servicesProblems() *cobra.Command {
 	return &cobra.Command{
 		Use: "problems", Short: "List every key that is not usable, with its remedy", Args: Between(0, 0, ""),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := c.dial().Problems(cmd.Context())
-			if err != nil {
-				return err
-			}
-			if c.output == "json" {
-				return SayJSON(cmd.OutOrStdout(), list)
-			}
+		RunE: asking(c, http.MethodGet, "/v1/problems", nil, func(w io.Writer, list []catalog.Problem) {
 			if len(list) == 0 {
-				Say(cmd.OutOrStdout(), "No problems.\n")
+				Say(w, "No problems.\n")
 			}
-			for _, p := range list {
-				sayProblem(cmd.OutOrStdout(), p.Key, p.Value, p.Reason, p.Remedy)
-			}
-			return nil
-		},
+			sayProblems(w, list)
+		}),
 	}
 }
 
-func sayProblem(w io.Writer, key, value, reason, remedy string) {
-	p := NewPainter(w)
-	Say(w, "  %s\n    value:  %s\n    reason: %s\n    remedy: %s\n", p.Yellow(key), value, reason, remedy)
+func sayProblems(w io.Writer, list []catalog.Problem) {
+	for _, p := range list {
+		Say(w, "  %s\n    value:  %s\n    reason: %s\n    remedy: %s\n", NewPainter(w).Yellow(p.Key), p.Value, p.Reason, p.Remedy)
+	}
 }
 
 func (c *cli) servicesConfirm() *cobra.Command {
@@ -294,13 +280,7 @@ func (c *cli) servicesConfirm() *cobra.Command {
 it is a mistake. This command says that it is meant, for all nodes. On a node
 whose store suddenly holds another or an older state, it accepts that state, for
 this node alone.`,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			w, err := c.dial().Confirm(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return c.sayWritten(cmd.OutOrStdout(), w, "confirmed", "confirmed")
-		},
+		RunE: asking(c, http.MethodPost, "/v1/confirm", nil, sayWritten("confirmed", "confirmed")),
 	}
 }
 
@@ -308,23 +288,13 @@ func (c *cli) servicesExplain() *cobra.Command {
 	return &cobra.Command{
 		Use: "explain NAME", Short: "Show every key of a service, what it does, and where the service is reached",
 		Args: Between(1, 1, "the name of a service"), ValidArgsFunction: c.completeServices,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			e, err := c.dial().Explain(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			if c.output == "json" {
-				return SayJSON(cmd.OutOrStdout(), e)
-			}
-			sayExplanation(cmd.OutOrStdout(), e)
-			return nil
-		},
+		RunE: asking(c, http.MethodGet, "/v1/services/{}", nil, sayService),
 	}
 }
 
-func sayExplanation(w io.Writer, e client.Explanation) {
+func sayService(w io.Writer, e wire.ServiceExplanation) {
 	p := NewPainter(w)
-	what := e.Scheme + ", " + count(e.Endpoints, "endpoint")
+	what := e.Scheme + ", " + text.Count(e.Endpoints, "endpoint")
 	if e.Scheme == "" {
 		what = p.Yellow("not routable")
 	}
@@ -347,9 +317,7 @@ func sayExplanation(w io.Writer, e client.Explanation) {
 	table(w, rows...)
 	if len(e.Problem) > 0 {
 		Say(w, "\n%s\n", p.Bold("Problems"))
-		for _, pr := range e.Problem {
-			sayProblem(w, pr.Key, pr.Value, pr.Reason, pr.Remedy)
-		}
+		sayProblems(w, e.Problem)
 	}
 	Say(w, "\n%s\n", p.Bold("Reached at"))
 	rows = nil
@@ -375,42 +343,27 @@ func sayExplanation(w io.Writer, e client.Explanation) {
 	table(w, rows...)
 }
 
-func counters(c *client.Counters) string {
+func counters(c *wire.ServiceCounters) string {
 	var classes []string
-	for class, n := range c.Requests {
+	for class, n := range c.Requests.All() {
 		classes = append(classes, fmt.Sprintf("%d x %s", n, class))
 	}
-	sort.Strings(classes)
-	text := fmt.Sprintf("%d connections, %d errors, %d retries, %d active, %d queued", c.Connections, c.Errors, c.Retries, c.Active, c.Queued)
+	slices.Sort(classes)
+	said := fmt.Sprintf("%d connections, %d errors, %d retries, %d active, %d queued", c.Connections, c.Errors, c.Retries, c.Active, c.Queued)
 	if len(classes) > 0 {
-		text = strings.Join(classes, ", ") + "; " + text + fmt.Sprintf(", %.1f ms to the answer", c.ResponseMS)
+		said = strings.Join(classes, ", ") + "; " + said + fmt.Sprintf(", %.1f ms to the answer", c.ResponseMS)
 	}
-	return text
+	return said
 }
-
-// completeLimit bounds how long a TAB waits for the node.
-const completeLimit = time.Second
 
 func (c *cli) completeServices(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
-	ctx, cancel := context.WithTimeout(context.Background(), completeLimit)
-	defer cancel()
-	list, err := c.dial().Services(ctx)
-	if err != nil || len(args) > 0 && cmd.Name() != "remove" {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var names []string
-	for _, s := range list {
-		if strings.HasPrefix(s.Name, prefix) {
-			names = append(names, s.Name+"\t"+dash(s.Scheme)+", "+count(s.Endpoints, "endpoint"))
+	return c.complete(len(args) == 0 || cmd.Name() == "remove", cobra.ShellCompDirectiveNoFileComp, func(ctx context.Context) (words []string, err error) {
+		list, err := client.Get[[]wire.ServiceSummary](ctx, c.dial(), "/v1/services", nil)
+		for _, s := range list {
+			if strings.HasPrefix(s.Name, prefix) {
+				words = append(words, s.Name+"\t"+dash(s.Scheme)+", "+text.Count(s.Endpoints, "endpoint"))
+			}
 		}
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
-}
-
-// noFiles completes a flag with fixed words.
-func noFiles(cmd *cobra.Command, flag string, words ...string) {
-	err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
-	if err != nil {
-		panic(fmt.Sprintf("complete --%s: %v", flag, err)) // no such flag: a mistake in this program
-	}
+		return words, err
+	})
 }

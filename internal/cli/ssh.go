@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"strings"
@@ -14,133 +15,126 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"flotilla/internal/client"
 	"flotilla/internal/remote"
-	"flotilla/internal/unitapi"
+	"flotilla/internal/wire"
 )
 
 func (c *cli) sshCommand() *cobra.Command {
-	var machine, unit string
+	var node, unit string
 	var forward bool
 	var port int
 	cmd := &cobra.Command{
-		Use: "ssh [MACHINE|UNIT] [COMMAND...]", Short: "Log in to a machine, or run a command there",
-		Long: `Log in to a machine by ssh, or run a command there. The machine is named by its ID
-or the beginning of one, the name of its node, its address, or a unit that runs on it.
-With --tunnel the way goes through the entry node. The exit code is the command's.`,
+		Use: "ssh [NODE|UNIT] [COMMAND...]", Short: "Log in to a node, or run a command there",
+		Long: `Log in to a node by ssh, or run a command there. The node is given by its name, its ID
+or the beginning of it, its address, or a unit that runs on it. With --tunnel the way
+goes through the entry node. The exit code is the command's.`,
 		Example: "  flotilla ssh n2\n  flotilla ssh web@1.service journalctl -u web@1 -f\n  flotilla ssh --tunnel core@edge.example.com n2 uptime",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if port < 1 || port > 65535 {
+			switch {
+			case port < 1 || port > 65535:
 				return Usage(fmt.Sprintf("--ssh-port %d is not a port", port), cmd.CommandPath()+" --help")
+			case node != "" && unit != "":
+				return Usage("--machine and --unit exclude each other", "give one of them")
+			case node == "" && unit == "" && len(args) == 0:
+				return Usage("ssh needs a node or a unit", "list them with: flotilla list-machines")
 			}
-			m, line, err := c.sshTarget(cmd.Context(), machine, unit, args)
+			var n wire.NodeRef
+			var err error
+			switch {
+			case node != "":
+				n, err = c.node(cmd.Context(), node)
+			case unit != "":
+				n, err = c.nodeOf(cmd.Context(), unit)
+			default:
+				n, err = c.nodeOrUnit(cmd.Context(), args[0])
+				args = args[1:]
+			}
 			if err != nil {
 				return err
 			}
-			to := remote.Target{User: c.reach.username, Host: m.Address, Port: port}
-			return c.runThere(cmd, m, to, line, forward)
+			to := remote.Target{User: c.reach.username, Host: n.Address, Port: port}
+			return c.runThere(cmd, n, to, strings.Join(args, " "), forward) // as ssh does: the shell there takes it apart
 		},
 	}
-	cmd.Flags().StringVar(&machine, "machine", "", "the machine, so that all arguments are the command")
-	cmd.Flags().StringVar(&unit, "unit", "", "a unit on the machine, so that all arguments are the command")
-	cmd.Flags().BoolVarP(&forward, "forward-agent", "A", false, "let the machine use the keys of the local ssh-agent")
-	cmd.Flags().IntVar(&port, "ssh-port", remote.DefaultPort, "port of sshd on the machine")
-	cmd.Flags().SetInterspersed(false) // flags after the machine are the command's
+	cmd.Flags().StringVar(&node, "machine", "", "the node, so that all arguments are the command")
+	cmd.Flags().StringVar(&unit, "unit", "", "a unit on the node, so that all arguments are the command")
+	cmd.Flags().BoolVarP(&forward, "forward-agent", "A", false, "let the node use the keys of the local ssh-agent")
+	cmd.Flags().IntVar(&port, "ssh-port", remote.DefaultPort, "port of sshd on the node")
+	cmd.Flags().SetInterspersed(false) // flags after the node are the command's
 	return c.unitFlags(cmd)
 }
 
-// sshTarget returns the machine that is meant and the command line for it, empty
-// for a login.
-func (c *cli) sshTarget(ctx context.Context, machine, unit string, args []string) (unitapi.Machine, string, error) {
-	var none unitapi.Machine
-	switch {
-	case machine != "" && unit != "":
-		return none, "", Usage("--machine and --unit exclude each other", "give one of them")
-	case machine == "" && unit == "" && len(args) == 0:
-		return none, "", Usage("ssh needs a machine or a unit", "list them with: flotilla list-machines")
-	}
-	either := ""
-	if machine == "" && unit == "" {
-		either, args = args[0], args[1:]
-		machine = either
-	}
-	line := strings.Join(args, " ") // as ssh does: the shell there takes it apart
-	all, err := c.machines(ctx)
-	if err != nil {
-		return none, "", err
-	}
-	if machine != "" {
-		m, err := findMachine(all, machine)
-		if err == nil || either == "" {
-			return m, line, err
-		}
-		unit = either
-	}
-	m, err := c.machineOf(ctx, all, unit)
-	if isNotFound(err) && either != "" {
-		err = hinted{fmt.Errorf("there is neither a machine nor a unit %q", either), []string{"flotilla list-machines", "flotilla list-units"}}
-	}
-	return m, line, err
+// node returns the node that somebody means.
+func (c *cli) node(ctx context.Context, name string) (wire.NodeRef, error) {
+	n, err := client.Get[wire.Node](ctx, c.dial(), "/v1/nodes/"+url.PathEscape(name), nil)
+	return wire.NodeRef{ID: n.ID, Name: n.Name, Address: n.Address}, err
 }
 
-// machineOf returns the machine of a unit. The error is not found if there is no
-// such unit.
-func (c *cli) machineOf(ctx context.Context, all []unitapi.Machine, arg string) (unitapi.Machine, error) {
+// nodeOf returns the node of a unit.
+func (c *cli) nodeOf(ctx context.Context, arg string) (wire.NodeRef, error) {
 	name, _ := unitName(arg)
-	u, ok, err := c.unitText(ctx, name)
+	u, err := c.unit(ctx, name)
 	switch {
 	case err != nil:
-		return unitapi.Machine{}, err
-	case !ok:
-		return unitapi.Machine{}, c.missingUnit(name)
+		return wire.NodeRef{}, err
 	case u.Global:
-		return unitapi.Machine{}, hinted{fmt.Errorf("unit %s is global: it is on many machines", name), []string{"name one: flotilla ssh MACHINE"}}
-	case u.Machine == nil:
-		why := "it is on no machine"
+		return wire.NodeRef{}, hinted{fmt.Errorf("unit %s is global: it is on many nodes", name), []string{"name one: flotilla ssh NODE"}}
+	case u.Node == nil:
+		why := "it is on no node"
 		if u.Unplaced != "" {
 			why += ": " + u.Unplaced
 		}
-		return unitapi.Machine{}, hinted{fmt.Errorf("unit %s: %s", name, why), []string{"flotilla explain " + name}}
+		return wire.NodeRef{}, hinted{fmt.Errorf("unit %s: %s", name, why), []string{"flotilla explain " + name}}
+	case u.Node.Address == "":
+		return wire.NodeRef{}, hinted{fmt.Errorf("unit %s: its node %s is away", name, u.Node.ID), []string{"flotilla nodes list"}}
 	}
-	for _, m := range all {
-		if m.ID == u.Machine.ID {
-			return m, nil
-		}
-	}
-	return unitapi.Machine{}, hinted{fmt.Errorf("unit %s: its machine %s is not there", name, u.Machine.ID), []string{"flotilla list-machines"}}
+	return *u.Node, nil
 }
 
-// runThere runs a command on a machine and ends with its exit code.
-func (c *cli) runThere(cmd *cobra.Command, m unitapi.Machine, to remote.Target, line string, forward bool) (err error) {
+func (c *cli) nodeOrUnit(ctx context.Context, arg string) (wire.NodeRef, error) {
+	n, err := c.node(ctx, arg)
+	if !isNotFound(err) {
+		return n, err
+	}
+	if n, err = c.nodeOf(ctx, arg); isNotFound(err) {
+		err = hinted{fmt.Errorf("there is neither a node nor a unit %q", arg), []string{"flotilla nodes list", "flotilla list-units"}}
+	}
+	return n, err
+}
+
+// runThere runs a command on a node and ends with its exit code.
+func (c *cli) runThere(cmd *cobra.Command, n wire.NodeRef, to remote.Target, line string, forward bool) (err error) {
 	ctx := cmd.Context()
 	options := c.reach.sshOptions()
-	var client *remote.Client
+	var there *remote.Client
 	if c.reach.tunnel != "" {
 		entry, err := c.reach.entry(ctx)
 		if err != nil {
 			return err
 		}
-		client, err = entry.Jump(ctx, to, options)
+		there, err = entry.Jump(ctx, to, options)
 		if err != nil {
 			return err
 		}
 	} else {
-		c.localLogin(&options, m.Node)
-		if client, err = remote.Dial(ctx, to, options); err != nil {
+		c.localLogin(&options, n.Name)
+		if there, err = remote.Dial(ctx, to, options); err != nil {
 			return err
 		}
 	}
-	defer func() { err = errors.Join(err, client.Close()) }()
+	defer func() { err = errors.Join(err, there.Close()) }()
 
-	there := remote.Command{Line: line, Stdin: cmd.InOrStdin(), Stdout: cmd.OutOrStdout(), Stderr: cmd.ErrOrStderr(), ForwardAgent: forward}
+	command := remote.Command{Line: line, Stdin: cmd.InOrStdin(), Stdout: cmd.OutOrStdout(), Stderr: cmd.ErrOrStderr(), ForwardAgent: forward}
 	if line == "" && term.IsTerminal(int(os.Stdin.Fd())) {
 		restore, pty, err := terminal()
 		if err != nil {
 			return err
 		}
-		there.PTY = pty
+		command.PTY = pty
 		defer restore()
 	}
-	code, err := client.Run(ctx, there)
+	code, err := there.Run(ctx, command)
 	if err == nil && code != 0 {
 		return exitCode{ErrReported, code}
 	}

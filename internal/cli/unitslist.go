@@ -4,20 +4,16 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/client"
 	"flotilla/internal/unit"
-	"flotilla/internal/unitapi"
+	"flotilla/internal/wire"
 )
-
-// tabs prints rows as fleetctl does: columns end in one or more tabs.
-func tabs(w io.Writer, rows [][]string) { columnar(w, 8, 1, '\t', rows) }
 
 // listing is the flags of the commands that list.
 type listing struct {
@@ -35,49 +31,73 @@ func (l *listing) add(cmd *cobra.Command, standard string, fields []string) {
 	fl.StringVar(&l.fields, "fields", standard, fmt.Sprintf("columns to print, of %q", strings.Join(fields, ",")))
 }
 
-// columns returns the columns asked for. has knows all that there are.
-func columns[F any](c *cli, l *listing, has map[string]F) ([]string, error) {
+// columns returns the columns asked for, of those that there are.
+func columns(c *cli, l *listing, all []string) ([]string, error) {
 	if l.fields == "" && c.fleet {
 		return nil, fleetText("Must define output format")
 	}
 	cols := strings.Split(l.fields, ",")
 	for _, col := range cols {
-		if _, ok := has[col]; ok {
-			continue
-		}
-		if c.fleet {
+		switch {
+		case slices.Contains(all, col):
+		case c.fleet:
 			return nil, fleetText("Invalid key in output format: %q", col)
+		default:
+			return nil, Usage(fmt.Sprintf("--fields: there is no column %q", col), "there are "+strings.Join(all, ", "))
 		}
-		return nil, Usage(fmt.Sprintf("--fields: there is no column %q", col), "there are "+strings.Join(slices.Sorted(maps.Keys(has)), ", "))
 	}
 	return cols, nil
 }
 
 // rows makes the table of items; each column is a function of an item.
 func rows[T any](l *listing, cols []string, has map[string]func(T, bool) string, items []T) [][]string {
-	var all [][]string
+	all := make([][]string, 0, len(items)+1)
 	if !l.noLegend {
-		var head []string
-		for _, col := range cols {
-			head = append(head, strings.ToUpper(col))
-		}
-		all = append(all, head)
+		all = append(all, strings.Split(strings.ToUpper(strings.Join(cols, ",")), ","))
 	}
 	for _, item := range items {
-		var row []string
-		for _, col := range cols {
-			row = append(row, dash(has[col](item, l.full)))
+		row := make([]string, len(cols))
+		for i, col := range cols {
+			row[i] = dash(has[col](item, l.full))
 		}
 		all = append(all, row)
 	}
 	return all
 }
 
-// placedState is a unit on one machine: a line of list-units.
-type placedState struct {
-	unitapi.UnitState
-	Node    string `json:"node"`
-	Address string `json:"address"`
+// unitList is a command that lists something of units.
+func unitList[T any](c *cli, use, standard string, has map[string]func(T, bool) string, find func(cmd *cobra.Command, args, cols []string) ([]T, error)) *cobra.Command {
+	var l listing
+	all := slices.Sorted(maps.Keys(has))
+	cmd := &cobra.Command{
+		Use: use, Args: cobra.ArbitraryArgs, ValidArgsFunction: c.completeUnits,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cols, err := columns(c, &l, all)
+			if err != nil {
+				return err
+			}
+			if c.fleet {
+				args = nil // fleetctl takes none, and ignores them
+			}
+			names, err := unitNames(args)
+			if err != nil {
+				return err
+			}
+			items, err := find(cmd, names, cols)
+			return show(c, cmd, items, err, func(w io.Writer, items []T) { tabs(w, rows(&l, cols, has, items)) })
+		},
+	}
+	l.add(cmd, standard, all)
+	return c.unitFlags(cmd)
+}
+
+// listed returns the units that names mean, all for none, by name.
+func (c *cli) listed(cmd *cobra.Command, names []string) ([]wire.Unit, error) {
+	known, err := c.units(cmd.Context(), names)
+	if err == nil {
+		err = noUnits(known.Missing)
+	}
+	return append([]wire.Unit{}, known.Units...), err // [] in JSON, not null
 }
 
 func shortHash(hash string, full bool) string {
@@ -87,123 +107,69 @@ func shortHash(hash string, full bool) string {
 	return hash[:min(7, len(hash))]
 }
 
-var stateFields = map[string]func(placedState, bool) string{
-	"unit":    func(s placedState, _ bool) string { return s.Unit },
-	"machine": func(s placedState, full bool) string { return machineLegend(s.Machine, s.Address, full) },
-	"node":    func(s placedState, _ bool) string { return s.Node },
-	"load":    func(s placedState, _ bool) string { return s.Load },
-	"active":  func(s placedState, _ bool) string { return s.Active },
-	"sub":     func(s placedState, _ bool) string { return s.Sub },
-	"hash":    func(s placedState, full bool) string { return shortHash(s.Hash, full) },
+func stateLegend(s wire.UnitState, full bool) string {
+	return legend(wire.NodeRef{ID: s.NodeID, Address: s.Address}, full)
+}
+
+var stateFields = map[string]func(wire.UnitState, bool) string{
+	"unit":    func(s wire.UnitState, _ bool) string { return s.Unit },
+	"machine": stateLegend,
+	"node":    func(s wire.UnitState, _ bool) string { return s.Node },
+	"load":    func(s wire.UnitState, _ bool) string { return s.Load },
+	"active":  func(s wire.UnitState, _ bool) string { return s.Active },
+	"sub":     func(s wire.UnitState, _ bool) string { return s.Sub },
+	"hash":    func(s wire.UnitState, full bool) string { return shortHash(s.Hash, full) },
 }
 
 func (c *cli) listUnitsCommand() *cobra.Command {
-	var l listing
-	cmd := &cobra.Command{
-		Use: "list-units [UNIT...]", Short: "List the units that machines have, and how they are",
-		Long:    "List the units that machines have, one line for each unit and machine.\n\nWith UNIT, a name or a pattern such as 'web@*', only those.",
-		Example: "  flotilla list-units\n  flotilla list-units 'web@*' --no-legend --fields unit,active",
-		Args:    cobra.ArbitraryArgs, ValidArgsFunction: c.completeUnits,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			r := c.run(cmd, "list-units")
-			cols, err := columns(c, &l, stateFields)
-			if err != nil {
-				return err
-			}
-			states, err := r.listedStates(cmd, args)
-			if err != nil {
-				return err
-			}
-			if c.output == "json" {
-				return SayJSON(r.io.out, states)
-			}
-			tabs(r.io.out, rows(&l, cols, stateFields, states))
-			return nil
-		},
-	}
-	l.add(cmd, "unit,machine,active,sub", slices.Sorted(maps.Keys(stateFields)))
-	return c.unitFlags(cmd)
-}
-
-// listedStates returns what machines have of the units that args mean, all for
-// none: then also of units that were destroyed and are still stopping.
-func (r *unitRun) listedStates(cmd *cobra.Command, args []string) ([]placedState, error) {
-	all := r.fleet || len(args) == 0
-	meant := map[string]bool{}
-	if !all {
-		list, err := r.listed(cmd, args)
-		if err != nil {
-			return nil, err
+	cmd := unitList(c, "list-units [UNIT...]", "unit,machine,active,sub", stateFields, func(cmd *cobra.Command, names, _ []string) ([]wire.UnitState, error) {
+		states := []wire.UnitState{}
+		if len(names) == 0 { // also of units that were destroyed and are still stopping
+			answer, err := client.Get[wire.States](cmd.Context(), c.dial(), "/v1/states", nil)
+			return append(states, answer.States...), err
 		}
+		list, err := c.listed(cmd, names)
 		for _, u := range list {
-			meant[u.Name] = true
+			for _, st := range u.States {
+				if st.Load != "" { // else it only waits there
+					states = append(states, st)
+				}
+			}
 		}
-	}
-	var answer unitapi.States
-	if err := r.dial().Do(cmd.Context(), http.MethodGet, "/v1/states", nil, nil, &answer); err != nil {
-		return nil, r.notListed(err)
-	}
-	states := []placedState{}
-	for _, st := range answer.States {
-		if all || meant[st.Unit] {
-			m := answer.Machines[st.Machine]
-			states = append(states, placedState{st, m.Node, m.Address})
-		}
-	}
-	return states, nil
+		return states, err
+	})
+	cmd.Short = "List the units that nodes have, and how they are"
+	cmd.Long = "List the units that nodes have, one line for each unit and node.\n\nWith UNIT, a name or a pattern such as 'web@*', only those."
+	cmd.Example = "  flotilla list-units\n  flotilla list-units 'web@*' --no-legend --fields unit,active"
+	return cmd
 }
 
-func (r *unitRun) notListed(err error) error {
-	if err != nil && r.fleet {
-		return fleetSays{"Error retrieving list of units from repository: ", err}
-	}
-	return err
-}
-
-// listed returns the units that args mean, all for none, by name.
-func (r *unitRun) listed(cmd *cobra.Command, args []string) ([]unitView, error) {
-	if r.fleet {
-		args = nil // fleetctl takes none, and ignores them
-	}
-	if len(args) == 0 {
-		all, err := r.units(cmd.Context())
-		return sortedUnits(all), r.notListed(err)
-	}
-	list, missing, err := r.pick(cmd.Context(), args)
-	slices.SortFunc(list, func(a, b unitView) int { return strings.Compare(a.Name, b.Name) })
-	return list, cmpErr(err, missing)
-}
-
-func place(u unitView, full bool) string {
+// place is where a unit belongs.
+func place(u wire.Unit, full bool) string {
 	switch {
 	case u.Global:
 		return "global"
-	case u.Machine == nil:
+	case u.Node == nil:
 		return "-"
 	}
-	return u.at(full)
+	return legend(*u.Node, full)
 }
 
-var fileFields = map[string]func(unitView, bool) string{
-	"unit":     func(u unitView, _ bool) string { return u.Name },
-	"hash":     func(u unitView, full bool) string { return shortHash(u.Hash, full) },
-	"dstate":   func(u unitView, _ bool) string { return string(u.Desired) },
+var fileFields = map[string]func(wire.Unit, bool) string{
+	"unit":     func(u wire.Unit, _ bool) string { return u.Name },
+	"hash":     func(u wire.Unit, full bool) string { return shortHash(u.Hash, full) },
+	"dstate":   func(u wire.Unit, _ bool) string { return string(u.Desired) },
 	"target":   place,
 	"tmachine": place,
-	"global":   func(u unitView, _ bool) string { return strconv.FormatBool(u.Global) },
-	"state": func(u unitView, _ bool) string {
-		if u.Global {
-			return "-"
-		}
-		return string(u.Current)
-	},
-	"desc":   func(u unitView, _ bool) string { return description(u.Text) },
-	"reason": func(u unitView, _ bool) string { return u.reason() },
+	"global":   func(u wire.Unit, _ bool) string { return strconv.FormatBool(u.Global) },
+	"state":    func(u wire.Unit, _ bool) string { return string(u.Current) }, // none of global ones
+	"desc":     func(u wire.Unit, _ bool) string { return description(u.Text) },
+	"reason":   func(u wire.Unit, _ bool) string { return reason(u) },
 }
 
 // description returns the Description= of a unit file, the last if it has many.
-func description(text string) string {
-	f, err := unit.Parse(text)
+func description(file string) string {
+	f, err := unit.Parse(file)
 	if err != nil {
 		return ""
 	}
@@ -217,56 +183,39 @@ func description(text string) string {
 }
 
 // reason is why a unit is where it is, or why it is nowhere.
-func (u unitView) reason() string {
+func reason(u wire.Unit) string {
 	switch {
 	case u.Unplaced != "":
 		return u.Unplaced
-	case u.Releasing != "":
-		return "leaving: " + u.Releasing
+	case u.Leaving != "":
+		return "leaving: " + u.Leaving
 	case u.Placed != "":
 		return u.Placed
-	case u.Desired == registry.Inactive:
+	case u.Desired == unit.Inactive:
 		return "inactive"
 	}
 	return ""
 }
 
 func (c *cli) listUnitFilesCommand() *cobra.Command {
-	var l listing
-	cmd := &cobra.Command{
-		Use: "list-unit-files [UNIT...]", Short: "List the units that the cluster has, and where they belong",
-		Long:    "List the units that the cluster has, on a machine or not.\n\nDSTATE is what is wanted, STATE what is; TARGET is the machine. --fields unit,state,reason\nsays why.",
-		Example: "  flotilla list-unit-files\n  flotilla list-unit-files --fields unit,target,reason",
-		Args:    cobra.ArbitraryArgs, ValidArgsFunction: c.completeUnits,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			r := c.run(cmd, "list-unit-files")
-			cols, err := columns(c, &l, fileFields)
-			if err != nil {
-				return err
-			}
-			if slices.Contains(cols, "tmachine") {
-				Say(r.io.err, "WARNING: The \"tmachine\" field is deprecated. Use \"target\" instead\n")
-			}
-			list, err := r.listed(cmd, args)
-			if err != nil {
-				return err
-			}
-			if slices.Contains(cols, "desc") {
-				for i, u := range list {
-					if full, ok, err := r.unitText(cmd.Context(), u.Name); err != nil {
-						return err
-					} else if ok {
-						list[i].Text = full.Text
-					}
+	cmd := unitList(c, "list-unit-files [UNIT...]", "unit,hash,dstate,state,target", fileFields, func(cmd *cobra.Command, names, cols []string) ([]wire.Unit, error) {
+		if slices.Contains(cols, "tmachine") {
+			Say(cmd.ErrOrStderr(), "WARNING: The \"tmachine\" field is deprecated. Use \"target\" instead\n")
+		}
+		list, err := c.listed(cmd, names)
+		for i := range list {
+			if err == nil && slices.Contains(cols, "desc") {
+				var full wire.Unit
+				if full, err = c.unit(cmd.Context(), list[i].Name); isNotFound(err) {
+					err = nil // it was destroyed meanwhile
 				}
+				list[i].Text = full.Text
 			}
-			if c.output == "json" {
-				return r.sayUnits(list)
-			}
-			tabs(r.io.out, rows(&l, cols, fileFields, list))
-			return nil
-		},
-	}
-	l.add(cmd, "unit,hash,dstate,state,target", slices.Sorted(maps.Keys(fileFields)))
-	return c.unitFlags(cmd)
+		}
+		return list, err
+	})
+	cmd.Short = "List the units that the cluster has, and where they belong"
+	cmd.Long = "List the units that the cluster has, on a node or not.\n\nDSTATE is what is wanted, STATE what is; TARGET is the node. --fields unit,state,reason\nsays why."
+	cmd.Example = "  flotilla list-unit-files\n  flotilla list-unit-files --fields unit,target,reason"
+	return cmd
 }
