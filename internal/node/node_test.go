@@ -219,7 +219,7 @@ func TestNodeRoutesAndReports(t *testing.T) {
 
 	scheme := "http"
 	var w wire.Written
-	err := node.Do(t.Context(), http.MethodPut, "/v1/services/web", url.Values{"wait": {"20s"}}, wire.Change{Scheme: &scheme, AddEndpoints: []string{web}}, &w)
+	err := node.Do(t.Context(), http.MethodPut, "/v1/services/web", url.Values{"wait": {"20s"}}, wire.ServiceChange{Scheme: &scheme, AddEndpoints: []string{web}}, &w)
 	if err != nil || !w.Changed || len(w.Applied) != 1 || !w.Applied[0].Reached {
 		t.Fatalf("set: %+v, error %v", w, err)
 	}
