@@ -59,7 +59,7 @@ var packages = map[string]struct {
 	// Platforms stand above the interface that they implement.
 	"nspawn": {layer: 7, mustNotKnow: []string{"api", "catalog", "client", "remote", "state", "store", "systemd", "unit"}},
 
-	"fleetapi": {layer: 7, mustNotKnow: []string{"systemd", "haproxy", "catalog", "engine", "store"}},
+	"fleetapi": {layer: 7, mustNotKnow: []string{"systemd", "haproxy", "catalog", "engine"}},
 
 	"cli":  {layer: 8, mustNotKnow: []string{"api", "fleetapi", "logs", "agent", "engine", "router", "dns", "store", "state", "systemd", "haproxy"}},
 	"node": {layer: 8},

@@ -139,15 +139,15 @@ func (h *head) Write(b []byte) (int, error) { return len(b), nil }
 
 // fail answers with an error, and logs it if it is a bug.
 func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
-	e := asError(err)
+	e := Error(err)
 	if e.Code == wire.CodeInternal && r.Context().Err() == nil {
 		log.Error("a request ended in an error", "method", r.Method, "path", r.URL.Path, "err", err)
 	}
 	wire.WriteError(w, e)
 }
 
-// asError gives an error of the store its code; one that has a code keeps it.
-func asError(err error) *wire.Error {
+// Error gives an error of the store its code; one that has a code keeps it.
+func Error(err error) *wire.Error {
 	var e *wire.Error
 	switch {
 	case errors.As(err, &e):

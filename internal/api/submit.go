@@ -222,7 +222,7 @@ func (sub *submission) decide(known *state.Snapshot, u *state.Unit) Step {
 	if st := StandingOf(known, u); sub.retry && result.Outcome == wire.Unchanged && st.There.Active == "failed" && have.Value.Desired == unit.Launched && r.Desired == unit.Launched {
 		r.Restarts++
 	}
-	st := put(have, r, result)
+	st := Put(have, r, result)
 	if st.Write != nil && result.Outcome == wire.Unchanged {
 		st.Result.Outcome = wire.Updated
 	}
@@ -328,7 +328,7 @@ func Alter(u *state.Unit, c wire.Changes) Step {
 		return refused(reason)
 	}
 	result.Outcome = wire.Unchanged
-	st := put(u.Record, r, result)
+	st := Put(u.Record, r, result)
 	if st.Write != nil {
 		st.Result.Outcome = wire.Changed
 	}

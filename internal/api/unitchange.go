@@ -40,8 +40,8 @@ type Step struct {
 // the unit changes before the step is done.
 type Decide func(i int, known *state.Snapshot, u *state.Unit) Step
 
-// put is a step that writes a record, unless it is what is there already.
-func put(have state.Item[state.UnitRecord], r state.UnitRecord, result wire.Result) Step {
+// Put is a step that writes a record, unless it is what is there already.
+func Put(have state.Item[state.UnitRecord], r state.UnitRecord, result wire.Result) Step {
 	r.V = state.Version
 	result.Desired = r.Desired
 	if have.Usable() && have.Value == r {

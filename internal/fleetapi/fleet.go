@@ -5,13 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 
-	"flotilla/internal/registry"
-	"flotilla/internal/store"
+	"flotilla/internal/api"
+	"flotilla/internal/state"
 	"flotilla/internal/unit"
-	"flotilla/internal/unitapi"
+	"flotilla/internal/wire"
 )
 
 // maxBody is the length of the longest body that fleet's API takes.
@@ -31,11 +33,11 @@ type (
 		Value   string `json:"value,omitempty"`
 	}
 	fleetUnit struct {
-		Name         string           `json:"name,omitempty"`
-		Options      []fleetOption    `json:"options,omitempty"`
-		DesiredState registry.Desired `json:"desiredState,omitempty"`
-		CurrentState registry.Desired `json:"currentState,omitempty"`
-		MachineID    string           `json:"machineID,omitempty"`
+		Name         string        `json:"name,omitempty"`
+		Options      []fleetOption `json:"options,omitempty"`
+		DesiredState unit.Desired  `json:"desiredState,omitempty"`
+		CurrentState unit.Desired  `json:"currentState,omitempty"`
+		MachineID    string        `json:"machineID,omitempty"`
 	}
 	fleetState struct {
 		Name      string `json:"name,omitempty"`
@@ -78,23 +80,16 @@ type answer struct {
 	typed  bool // it has a Content-Type although it has no body
 }
 
-// FleetHandler serves fleet's API: below /fleet/v1 and /v1-alpha, and what fleet
-// answers on other paths.
-func (h *Handler) FleetHandler() http.Handler { return http.HandlerFunc(h.serveFleet) }
-
-func (h *Handler) serveFleet(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Server", "fleetd/"+h.Version)
+// ServeHTTP answers a request of fleet's API.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Server", "fleetd/"+h.API.Version)
 	a, err := answer{}, error(refuse(http.StatusServiceUnavailable, unregistered))
 	if h.awaitRegistered(r.Context()) {
-		if r.URL.Path == "/metrics" && h.Metrics != nil {
-			h.Metrics.ServeHTTP(w, r)
-			return
-		}
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-		a, err = h.routeFleet(r)
+		a, err = h.route(r)
 	}
 	if err != nil {
-		a = h.failedFleet(r, err)
+		a = h.failed(r, err)
 	}
 	if a.body != nil || a.typed {
 		w.Header().Set("Content-Type", "application/json")
@@ -113,14 +108,14 @@ func (h *Handler) serveFleet(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(raw) // a client that is gone does not want it
 }
 
-func (h *Handler) failedFleet(r *http.Request, err error) answer {
+func (h *Handler) failed(r *http.Request, err error) answer {
 	var e *fleetError
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &e):
 	case errors.As(err, &large):
 		e = refuse(http.StatusRequestEntityTooLarge, "the body is larger than %d bytes", large.Limit)
-	case errors.Is(err, store.ErrUnavailable):
+	case api.Error(err).Code == wire.CodeStoreUnavailable:
 		e = refuse(http.StatusServiceUnavailable, unregistered)
 	default:
 		e = &fleetError{Code: http.StatusInternalServerError}
@@ -131,7 +126,7 @@ func (h *Handler) failedFleet(r *http.Request, err error) answer {
 	return answer{status: e.Code, body: map[string]*fleetError{"error": e}}
 }
 
-func (h *Handler) routeFleet(r *http.Request) (answer, error) {
+func (h *Handler) route(r *http.Request) (answer, error) {
 	path, ok := strings.CutPrefix(r.URL.Path, "/fleet/v1")
 	if !ok {
 		path, ok = strings.CutPrefix(r.URL.Path, "/v1-alpha")
@@ -155,7 +150,7 @@ func (h *Handler) routeFleet(r *http.Request) (answer, error) {
 	case collection == "machines" && !isItem:
 		switch r.Method {
 		case http.MethodGet:
-			return h.fleetMachines(r)
+			return h.getMachines(r)
 		case http.MethodPatch:
 			return h.patchMachines(r)
 		}
@@ -163,11 +158,11 @@ func (h *Handler) routeFleet(r *http.Request) (answer, error) {
 	case collection == "units" && isItem:
 		switch r.Method {
 		case http.MethodGet:
-			return h.fleetUnit(r, item)
+			return h.getUnit(r, item)
 		case http.MethodPut:
-			return h.setFleetUnit(r, item)
+			return h.putUnit(r, item)
 		case http.MethodDelete:
-			return h.deleteFleetUnit(r, item)
+			return h.deleteUnit(r, item)
 		}
 		return answer{}, onlySupported("GET, PUT and DELETE")
 	case collection != "units" && collection != "state":
@@ -175,11 +170,11 @@ func (h *Handler) routeFleet(r *http.Request) (answer, error) {
 	case r.Method != http.MethodGet:
 		return answer{}, onlySupported("GET")
 	case collection == "units":
-		return h.fleetUnits(r)
+		return h.getUnits(r)
 	case isItem:
-		return h.fleetState(r, item)
+		return h.getState(r, item)
 	}
-	return h.fleetStates(r)
+	return h.getStates(r)
 }
 
 func onlySupported(methods string) error {
@@ -195,118 +190,103 @@ func (h *Handler) page(r *http.Request) (pageToken, error) {
 	return t, nil
 }
 
-func (h *Handler) fleetMachines(r *http.Request) (answer, error) {
+func (h *Handler) getMachines(r *http.Request) (answer, error) {
 	token, err := h.page(r)
 	if err != nil {
 		return answer{}, err
 	}
-	f, err := h.readMachines(r.Context(), 0)
+	known, err := h.API.State.Fresh(r.Context())
 	if err != nil {
 		return answer{}, err
 	}
-	var page fleetPage
-	ids, next := cut(f.ids(), token)
-	for _, id := range ids {
-		page.Machines = append(page.Machines, fleetMachine{ID: id, Metadata: f.metadata(id), PrimaryIP: f.machines[id].registry.Address})
+	var ids []string
+	for id, n := range known.Nodes {
+		if n.Present() && n.Record.Value.Units {
+			ids = append(ids, id)
+		}
 	}
-	page.Next = next
+	slices.Sort(ids)
+	var page fleetPage
+	ids, page.Next = cut(ids, token)
+	for _, id := range ids {
+		n := known.Nodes[id]
+		page.Machines = append(page.Machines, fleetMachine{ID: id, Metadata: n.Metadata, PrimaryIP: n.Record.Value.Address})
+	}
 	return answer{status: http.StatusOK, body: page}, nil
 }
 
 // asFleet writes a unit as fleet does. A list says "inactive" of a global unit,
 // a single one has no current state.
-func (h *Handler) asFleet(name string, r record[registry.Unit], p record[registry.Placement], state registry.State, known, listed bool) fleetUnit {
-	out := fleetUnit{Name: name, DesiredState: r.registry.Desired}
-	f := fileOf(name, r.registry.Text)
-	if err := errors.Join(r.err, f.err); err != nil {
-		h.Log.Debug("a unit cannot be read", "unit", name, "err", err)
+func (h *Handler) asFleet(st api.Standing, listed bool) fleetUnit {
+	out := fleetUnit{Name: st.Name, DesiredState: st.Record.Value.Desired, CurrentState: st.Current, MachineID: st.Home}
+	f, err := unit.Parse(st.Record.Value.Text)
+	if st.Record.Problem != "" {
+		err = errors.New(st.Record.Problem)
+	}
+	if err != nil {
+		h.Log.Debug("a unit cannot be read", "unit", st.Name, "err", err)
 	} else {
 		for _, o := range f.Options {
 			out.Options = append(out.Options, fleetOption{o.Section, o.Name, o.Value})
 		}
 	}
-	switch {
-	case !f.global:
-		out.CurrentState = currentOf(p, state, known, f.hash)
-		out.MachineID = p.registry.Machine
-	case listed:
-		out.CurrentState = registry.Inactive
+	if st.Requirements.Global && listed {
+		out.CurrentState = unit.Inactive
 	}
 	return out
 }
 
-func (h *Handler) fleetUnits(r *http.Request) (answer, error) {
+func (h *Handler) getUnits(r *http.Request) (answer, error) {
 	token, err := h.page(r)
 	if err != nil {
 		return answer{}, err
 	}
-	k := h.Keys
-	lists, _, err := h.Store.ListMany(r.Context(), 0, k.Unit(""), k.Placement(""), k.States(""))
+	known, err := h.API.State.Full(r.Context())
 	if err != nil {
 		return answer{}, err
 	}
-	placements := make(map[string]store.KV, len(lists[1]))
-	for _, kv := range lists[1] {
-		placements[strings.TrimPrefix(kv.Key, k.Placement(""))] = kv
-	}
-	states := map[string]map[string]registry.State{}
-	for _, m := range h.statesOf(lists[2]) {
-		states[m.machine] = m.units
-	}
+	names := slices.Collect(maps.Keys(known.Units))
+	names = slices.DeleteFunc(names, func(name string) bool { return !known.Units[name].Record.Exists() })
+	slices.Sort(names)
 	var page fleetPage
-	items, next := cut(lists[0], token)
-	for _, kv := range items {
-		name := strings.TrimPrefix(kv.Key, k.Unit(""))
-		at, placed := placements[name]
-		p := recordOf[registry.Placement](at, placed)
-		state, known := states[p.registry.Machine][name]
-		page.Units = append(page.Units, h.asFleet(name, recordOf[registry.Unit](kv, true), p, state, known, true))
+	names, page.Next = cut(names, token)
+	for _, name := range names {
+		page.Units = append(page.Units, h.asFleet(api.StandingOf(known, known.Units[name]), true))
 	}
-	page.Next = next
 	return answer{status: http.StatusOK, body: page}, nil
 }
 
-func (h *Handler) fleetUnit(r *http.Request, name string) (answer, error) {
-	k := h.Keys
-	kvs, revision, err := h.Store.GetMany(r.Context(), 0, k.Unit(name), k.Placement(name))
+func (h *Handler) getUnit(r *http.Request, name string) (answer, error) {
+	known, err := h.API.State.Full(r.Context())
 	if err != nil {
 		return answer{}, err
 	}
-	kv, found := kvs[k.Unit(name)]
-	if !found {
+	st := api.StandingOf(known, known.Units[name])
+	if !st.Record.Exists() {
 		return answer{}, refuse(http.StatusNotFound, "unit does not exist")
 	}
-	at, placed := kvs[k.Placement(name)]
-	p := recordOf[registry.Placement](at, placed)
-	var state registry.State
-	known := false
-	if placed && p.err == nil {
-		key := k.States(p.registry.Machine)
-		kvs, _, err := h.Store.GetMany(r.Context(), revision, key)
-		if err != nil {
-			return answer{}, err
-		}
-		for _, m := range h.statesOf(listOf(kvs)) {
-			state, known = m.units[name]
-		}
-	}
-	out := h.asFleet(name, recordOf[registry.Unit](kv, true), p, state, known, false)
-	if out.CurrentState == registry.Loaded && h.lookBack.take(name) {
-		out.CurrentState = registry.Launched
+	out := h.asFleet(st, false)
+	if out.CurrentState == unit.Loaded && h.lookBack.take(name) {
+		out.CurrentState = unit.Launched
 	}
 	return answer{status: http.StatusOK, body: out}, nil
 }
 
-func listOf(kvs map[string]store.KV) []store.KV {
-	var list []store.KV
-	for _, kv := range kvs {
-		list = append(list, kv)
+// change carries out one decision about one unit.
+func (h *Handler) change(r *http.Request, name string, decide func(u *state.Unit) api.Step) (wire.Result, error) {
+	known, err := h.API.State.Fresh(r.Context())
+	if err != nil {
+		return wire.Result{}, err
 	}
-	return list
+	steps, _, err := h.API.ChangeUnits(r.Context(), known, []string{name}, func(_ int, _ *state.Snapshot, u *state.Unit) api.Step { return decide(u) })
+	if err != nil {
+		return wire.Result{}, err
+	}
+	return steps[0].Result, nil
 }
 
-// setFleetUnit creates, replaces or updates a unit.
-func (h *Handler) setFleetUnit(r *http.Request, name string) (answer, error) {
+// putUnit creates, replaces or updates a unit.
+func (h *Handler) putUnit(r *http.Request, name string) (answer, error) {
 	if err := checkContentType(r.Header); err != nil {
 		return answer{}, err
 	}
@@ -327,7 +307,7 @@ func (h *Handler) setFleetUnit(r *http.Request, name string) (answer, error) {
 		return answer{}, refuse(http.StatusBadRequest, "%v", err)
 	}
 	if in.DesiredState != "" {
-		if _, err := registry.ParseDesired(string(in.DesiredState)); err != nil {
+		if _, err := unit.ParseDesired(string(in.DesiredState)); err != nil {
 			return answer{}, refuse(http.StatusBadRequest, "%v", err)
 		}
 	}
@@ -335,20 +315,21 @@ func (h *Handler) setFleetUnit(r *http.Request, name string) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	was := registry.Inactive
-	steps, _, err := h.change(r.Context(), []string{name}, func(_ int, have record[registry.Unit]) step {
-		was = have.registry.Desired
-		return setFleet(in, file, have)
+	var refused error
+	result, err := h.change(r, name, func(u *state.Unit) (st api.Step) {
+		st, refused = setFleet(in, file, u)
+		return st
 	})
-	if err == nil && was == registry.Launched && in.DesiredState == registry.Loaded {
-		h.lookBack.note(name)
-	}
 	switch {
 	case err != nil:
 		return answer{}, err
-	case steps[0].refusal != nil:
-		return answer{}, steps[0].refusal
-	case steps[0].result.Outcome == unitapi.Created, steps[0].result.Outcome == unitapi.Replaced:
+	case refused != nil:
+		return answer{}, refused
+	}
+	if result.Was == unit.Launched && in.DesiredState == unit.Loaded {
+		h.lookBack.note(name)
+	}
+	if result.Outcome == wire.Created || result.Outcome == wire.Replaced {
 		return answer{status: http.StatusCreated}, nil
 	}
 	return answer{status: http.StatusNoContent}, nil
@@ -379,43 +360,43 @@ func fleetFile(options []fleetOption) (*unit.File, error) {
 	if err != nil {
 		return nil, refuse(http.StatusBadRequest, "%v", err)
 	}
-	if p := sizeProblem(f.Text); p != nil {
+	if p := api.SizeProblem(f.Text); p != nil {
 		return nil, refuse(http.StatusBadRequest, "%s; %s", p.Reason, p.Remedy)
 	}
 	return f, nil
 }
 
-// setFleet decides about a PUT of fleet's API; file is nil if it had no options.
-func setFleet(in fleetUnit, file *unit.File, have record[registry.Unit]) step {
-	no := func(code int, format string, args ...any) step { return step{refusal: refuse(code, format, args...)} }
-	if have.found && have.err != nil {
-		return no(http.StatusConflict, "what is stored under this name cannot be read: %v", have.err)
-	}
-	outcome := unitapi.Updated
+// setFleet decides about a PUT of fleet's API; file is nil if it had no options. The
+// error is what fleet answers instead.
+func setFleet(in fleetUnit, file *unit.File, u *state.Unit) (api.Step, error) {
+	have := u.Record
+	outcome := wire.Updated
 	switch {
-	case !have.found && file == nil:
-		return no(http.StatusConflict, "unit does not exist and options field empty")
-	case !have.found:
-		outcome = unitapi.Created
-	case file != nil && fileOf(in.Name, have.registry.Text).hash != file.Hash().String():
-		outcome = unitapi.Replaced
+	case have.Problem != "":
+		return api.Step{}, refuse(http.StatusConflict, "what is stored under this name cannot be read: %s", have.Problem)
+	case !have.Exists() && file == nil:
+		return api.Step{}, refuse(http.StatusConflict, "unit does not exist and options field empty")
+	case !have.Exists():
+		outcome = wire.Created
+	case file != nil && api.StandingOf(&state.Snapshot{}, u).Hash != file.Hash().String():
+		outcome = wire.Replaced
 	case in.DesiredState == "":
-		return no(http.StatusConflict, "must provide DesiredState to update existing unit")
+		return api.Step{}, refuse(http.StatusConflict, "must provide DesiredState to update existing unit")
 	}
-	if reason := templateReason(in.Name, in.DesiredState); reason != "" {
-		return no(http.StatusBadRequest, "%s", reason)
+	if reason := api.TemplateReason(in.Name, in.DesiredState); reason != "" {
+		return api.Step{}, refuse(http.StatusBadRequest, "%s", reason)
 	}
-	u := have.registry
-	if outcome != unitapi.Updated {
+	r := have.Value
+	if outcome != wire.Updated {
 		if message := refusalOf(in.Name, file); message != "" {
-			return no(http.StatusBadRequest, "%s", message)
+			return api.Step{}, refuse(http.StatusBadRequest, "%s", message)
 		}
-		u.Text, u.Desired = file.Text, registry.Inactive
+		r.Text, r.Desired = file.Text, unit.Inactive
 	}
 	if in.DesiredState != "" {
-		u.Desired = in.DesiredState
+		r.Desired = in.DesiredState
 	}
-	return put(have, u, unitapi.Result{Name: in.Name, Outcome: outcome})
+	return api.Put(have, r, wire.Result{Name: in.Name, Outcome: outcome, Was: have.Value.Desired}), nil
 }
 
 // refusalOf returns why a unit file is refused, "" if it is not: fleet's refused
@@ -435,14 +416,12 @@ func refusalOf(name string, f *unit.File) string {
 	return ""
 }
 
-func (h *Handler) deleteFleetUnit(r *http.Request, name string) (answer, error) {
-	steps, _, err := h.change(r.Context(), []string{name}, func(_ int, have record[registry.Unit]) step {
-		return alter(name, unitapi.Changes{Destroy: true})(have)
-	})
+func (h *Handler) deleteUnit(r *http.Request, name string) (answer, error) {
+	result, err := h.change(r, name, func(u *state.Unit) api.Step { return api.Alter(u, wire.Changes{Destroy: true}) })
 	switch {
 	case err != nil:
 		return answer{}, err
-	case steps[0].result.Outcome == unitapi.Missing:
+	case result.Outcome == wire.Missing:
 		return answer{}, refuse(http.StatusNotFound, "unit does not exist")
 	}
 	return answer{status: http.StatusNoContent}, nil

@@ -14,39 +14,41 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/api/apitest"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/unit"
 )
 
 // A request for the state of a unit that was just started waits for it.
 func TestStateIsAwaited(t *testing.T) {
 	w := start(t)
 	w.hold = time.Minute
-	w.put("units/a.service", registry.Encode(registry.Unit{V: 1, Text: text("a"), Desired: registry.Launched}))
-	w.put(`units/sys-a\x2db.mount`, registry.Encode(registry.Unit{V: 1, Text: text("a"), Desired: registry.Launched}))
-	answers := make(chan reply, 2)
+	w.Put("cluster/units/a.service", state.Encode(state.UnitRecord{V: 1, Text: apitest.Text("a"), Desired: unit.Launched}))
+	w.Put(`cluster/units/sys-a\x2db.mount`, state.Encode(state.UnitRecord{V: 1, Text: apitest.Text("a"), Desired: unit.Launched}))
+	answers := make(chan apitest.Reply, 2)
 	for _, name := range []string{"a.service", `sys-a%5Cx2db.mount`} {
 		go func() {
-			r, err := w.send("GET", "/fleet/v1/state/"+name, nil, "")
+			r, err := w.Send("GET", "/fleet/v1/state/"+name, nil, "")
 			if err != nil {
 				t.Error(err)
 			}
 			answers <- r
 		}()
 	}
-	other := registry.State{Hash: "11", Load: "loaded", Active: "active", Sub: "running"}
+	other := state.UnitState{Hash: "11", Load: "loaded", Active: "active", Sub: "running"}
 	for i := range 20 { // what others do is no answer
-		w.states("m1", map[string]registry.State{"b.service": other, fmt.Sprintf("a.service%d", i): other, "a.service": {Waiting: "soon"}})
+		w.Report("m1", map[string]state.UnitState{"b.service": other, fmt.Sprintf("a.service%d", i): other, "a.service": {Waiting: "soon"}})
 	}
 	select {
 	case r := <-answers:
 		t.Fatalf("answered before there was a state: %+v", r)
 	default:
 	}
-	w.states("m1", map[string]registry.State{"a.service": other, `sys-a\x2db.mount`: other})
+	w.Report("m1", map[string]state.UnitState{"a.service": other, `sys-a\x2db.mount`: other})
 	for range 2 {
-		if r := <-answers; r.status != 200 || !strings.Contains(r.body, `"hash":"11","machineID":"m1"`) {
+		if r := <-answers; r.Status != 200 || !strings.Contains(r.Body, `"hash":"11","machineID":"m1"`) {
 			t.Errorf("%+v", r)
 		}
 	}
@@ -60,9 +62,9 @@ func TestRegistration(t *testing.T) {
 	w.registered.Store(false)
 	var asked atomic.Int64
 	w.Registered = func() bool { asked.Add(1); return w.registered.Load() }
-	answers := make(chan reply)
+	answers := make(chan apitest.Reply)
 	go func() {
-		r, err := w.send("GET", "/fleet/v1/machines", nil, "")
+		r, err := w.Send("GET", "/fleet/v1/machines", nil, "")
 		if err != nil {
 			t.Error(err)
 		}
@@ -75,17 +77,17 @@ func TestRegistration(t *testing.T) {
 	default:
 	}
 	w.registered.Store(true)
-	if r := <-answers; r.status != 200 {
+	if r := <-answers; r.Status != 200 {
 		t.Errorf("%+v", r)
 	}
 	w.registered.Store(false)
-	if r := w.do("GET", "/fleet/v1/machines", nil, ""); r.status != 503 || r.header.Get("Server") != "fleetd/1.2.3" {
+	if r := w.Do("GET", "/fleet/v1/machines", nil, ""); r.Status != 503 || r.Header.Get("Server") != "fleetd/1.2.3" {
 		t.Errorf("%+v", r)
 	}
-	w = newWorld(t, w.Store.Endpoints()[0], "/other/")
+	w = newWorld(t, w.World.Store.Endpoints()[0], "/other/")
 	w.start = time.Millisecond
 	w.registered.Store(false)
-	if r := w.do("GET", "/fleet/v1/machines", nil, ""); r.status != 503 {
+	if r := w.Do("GET", "/fleet/v1/machines", nil, ""); r.Status != 503 {
 		t.Errorf("never registered: %+v", r)
 	}
 }
@@ -94,25 +96,25 @@ func TestBodyLimit(t *testing.T) {
 	w := start(t)
 	for _, method := range []string{"PUT /fleet/v1/units/a.service", "PATCH /fleet/v1/machines"} {
 		verb, path, _ := strings.Cut(method, " ")
-		r := w.do(verb, path, jsonType, `[{"value":"`+strings.Repeat("x", maxBody)+`"}]`)
+		r := w.Do(verb, path, jsonType, `[{"value":"`+strings.Repeat("x", maxBody)+`"}]`)
 		if verb == "PUT" {
-			r = w.do(verb, path, jsonType, fleetBody(strings.Repeat("x", maxBody), "launched"))
+			r = w.Do(verb, path, jsonType, fleetBody(strings.Repeat("x", maxBody), "launched"))
 		}
-		if r.status != 413 || !strings.Contains(r.body, "larger than 2097152 bytes") {
-			t.Errorf("%s: %d %s", method, r.status, r.body)
+		if r.Status != 413 || !strings.Contains(r.Body, "larger than 2097152 bytes") {
+			t.Errorf("%s: %d %s", method, r.Status, r.Body)
 		}
 	}
 	// What fits into a request and not into the store.
 	long := strings.Repeat(strings.Repeat("x", 300<<10)+"\\\n", 5)
-	if r := w.do("PUT", "/fleet/v1/units/a.service", jsonType, fleetBody(long+"x", "launched")); r.status != 400 || !strings.Contains(r.body, "too large") {
-		t.Errorf("%d %.200s", r.status, r.body)
+	if r := w.Do("PUT", "/fleet/v1/units/a.service", jsonType, fleetBody(long+"x", "launched")); r.Status != 400 || !strings.Contains(r.Body, "too large") {
+		t.Errorf("%d %.200s", r.Status, r.Body)
 	}
 	// The longest line that systemd takes is stored.
-	if r := w.do("PUT", "/fleet/v1/units/a.service", jsonType, fleetBody(strings.Repeat("x", 1<<20-len("ExecStart=")), "launched")); r.status != 201 {
-		t.Errorf("%d %.200s", r.status, r.body)
+	if r := w.Do("PUT", "/fleet/v1/units/a.service", jsonType, fleetBody(strings.Repeat("x", 1<<20-len("ExecStart=")), "launched")); r.Status != 201 {
+		t.Errorf("%d %.200s", r.Status, r.Body)
 	}
-	if r := w.do("POST", "/v1/failover", nil, `{"x":"`+strings.Repeat("x", maxRequest)+`"}`); r.status != 413 {
-		t.Errorf("%d %.200s", r.status, r.body)
+	if r := w.Do("POST", "/v1/failover", nil, `{"x":"`+strings.Repeat("x", 1<<20)+`"}`); r.Status != 413 {
+		t.Errorf("%d %.200s", r.Status, r.Body)
 	}
 }
 
@@ -123,9 +125,9 @@ func TestPages(t *testing.T) {
 	for _, total := range []int{14, 15} { // at 14 the last page is empty
 		for i := range total {
 			name := fmt.Sprintf("u%02d.service", i)
-			w.put("units/"+name, registry.Encode(registry.Unit{V: 1, Text: text("a"), Desired: registry.Loaded}))
-			w.put(fmt.Sprintf("machines/m%02d", i), registry.Encode(registry.Machine{V: 1, ID: fmt.Sprintf("m%02d", i)}))
-			w.states(fmt.Sprintf("m%02d", i), map[string]registry.State{"a.service": {Hash: "11"}})
+			w.Put("cluster/units/"+name, state.Encode(state.UnitRecord{V: 1, Text: apitest.Text("a"), Desired: unit.Loaded}))
+			w.Put(fmt.Sprintf("cluster/nodes/m%02d", i), state.Encode(state.NodeRecord{V: 1, ID: fmt.Sprintf("m%02d", i), Units: true}))
+			w.Report(fmt.Sprintf("m%02d", i), map[string]state.UnitState{"a.service": {Hash: "11"}})
 		}
 		for _, path := range []string{"units", "machines", "state"} {
 			var all []string
@@ -136,8 +138,8 @@ func TestPages(t *testing.T) {
 					query = "?nextPageToken=" + url.QueryEscape(token)
 				}
 				var page fleetPage
-				r := w.do("GET", "/fleet/v1/"+path+query, nil, "")
-				if err := json.Unmarshal([]byte(r.body), &page); err != nil || r.status != 200 {
+				r := w.Do("GET", "/fleet/v1/"+path+query, nil, "")
+				if err := json.Unmarshal([]byte(r.Body), &page); err != nil || r.Status != 200 {
 					t.Fatal(r, err)
 				}
 				for _, u := range page.Units {
@@ -197,28 +199,28 @@ func FuzzPut(f *testing.F) {
 	f.Add("", `[]`)
 	f.Add("a/b.service", `null`)
 	f.Fuzz(func(t *testing.T, name, body string) {
-		r, err := w.send("PUT", "/fleet/v1/units/"+url.PathEscape(name), jsonType, body)
+		r, err := w.Send("PUT", "/fleet/v1/units/"+url.PathEscape(name), jsonType, body)
 		if err != nil {
 			return // the client does not send such a path
 		}
-		if !slices.Contains([]int{201, 204, 400, 404, 409}, r.status) {
-			t.Fatalf("PUT %q %q: %d %s", name, body, r.status, r.body)
+		if !slices.Contains([]int{201, 204, 400, 404, 409}, r.Status) {
+			t.Fatalf("PUT %q %q: %d %s", name, body, r.Status, r.Body)
 		}
-		if r.status/100 != 2 {
+		if r.Status/100 != 2 {
 			return
 		}
-		got, err := w.send("GET", "/fleet/v1/units/"+url.PathEscape(name), nil, "")
+		got, err := w.Send("GET", "/fleet/v1/units/"+url.PathEscape(name), nil, "")
 		var u fleetUnit
-		if err != nil || got.status != 200 || json.Unmarshal([]byte(got.body), &u) != nil || u.Name != name || len(u.Options) == 0 {
-			t.Fatalf("PUT %q %q, then GET: %d %s, %v", name, body, got.status, got.body, err)
+		if err != nil || got.Status != 200 || json.Unmarshal([]byte(got.Body), &u) != nil || u.Name != name || len(u.Options) == 0 {
+			t.Fatalf("PUT %q %q, then GET: %d %s, %v", name, body, got.Status, got.Body, err)
 		}
 		raw, err := json.Marshal(u)
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := w.send("PUT", "/fleet/v1/units/"+url.PathEscape(name), jsonType, string(raw))
-		if err != nil || again.status != 204 {
-			t.Fatalf("what was read is not what is there: %d %s, %v", again.status, again.body, err)
+		again, err := w.Send("PUT", "/fleet/v1/units/"+url.PathEscape(name), jsonType, string(raw))
+		if err != nil || again.Status != 204 {
+			t.Fatalf("what was read is not what is there: %d %s, %v", again.Status, again.Body, err)
 		}
 	})
 }
@@ -226,13 +228,13 @@ func FuzzPut(f *testing.F) {
 // The answers of one list belong to one revision, whatever is written meanwhile.
 func TestListsAreConsistent(t *testing.T) {
 	w := start(t)
-	w.put("units/a.service", registry.Encode(registry.Unit{V: 1, Text: text("a"), Desired: registry.Launched}))
+	w.Put("cluster/units/a.service", state.Encode(state.UnitRecord{V: 1, Text: apitest.Text("a"), Desired: unit.Launched}))
 	write := func(i int) {
 		id := fmt.Sprintf("m%d", i%2)
-		w.apply(
-			store.Put(w.Keys.Placement("a.service"), registry.Encode(registry.Placement{V: 1, Machine: id})),
-			store.Put(w.Keys.States(id), registry.Encode(registry.States{V: 1, Units: map[string]registry.State{"a.service": {Hash: hashOf(t, text("a")), Launched: true}}})),
-			store.Delete(w.Keys.States(fmt.Sprintf("m%d", 1-i%2))))
+		w.Apply(
+			store.Put(w.State.Keys.Placement("a.service"), state.Encode(state.Placement{V: 1, Node: id})),
+			store.Put(w.State.Keys.UnitsReport(id), state.Encode(state.UnitsReport{V: 1, Units: map[string]state.UnitState{"a.service": {Hash: apitest.Hash(t, apitest.Text("a")), Launched: true}}})),
+			store.Delete(w.State.Keys.UnitsReport(fmt.Sprintf("m%d", 1-i%2))))
 	}
 	write(0)
 	ended := make(chan struct{})
@@ -250,8 +252,8 @@ func TestListsAreConsistent(t *testing.T) {
 	}()
 	for range 100 {
 		for _, path := range []string{"/fleet/v1/units", "/fleet/v1/units/a.service", "/v1/units?name=a.service", "/v1/units"} {
-			if r := w.do("GET", path, nil, ""); !regexp.MustCompile(`"current(State)?":"launched"`).MatchString(r.body) {
-				t.Errorf("%s: %s", path, r.body)
+			if r := w.Do("GET", path, nil, ""); !regexp.MustCompile(`"current(State)?":"launched"`).MatchString(r.Body) {
+				t.Errorf("%s: %s", path, r.Body)
 			}
 		}
 	}
@@ -291,9 +293,9 @@ type method struct {
 // served, no more and no less.
 func TestDiscovery(t *testing.T) {
 	w := start(t)
-	r := w.do("GET", "/fleet/v1/discovery", nil, "")
+	r := w.Do("GET", "/fleet/v1/discovery", nil, "")
 	var doc discoveryDoc
-	dec := json.NewDecoder(strings.NewReader(r.body))
+	dec := json.NewDecoder(strings.NewReader(r.Body))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&doc); err != nil {
 		t.Fatal(err)
@@ -404,26 +406,92 @@ func (doc *discoveryDoc) checkMethod(t *testing.T, m method, used map[string]boo
 // described sends the method's request and compares whether there is a body.
 func (w *world) described(t *testing.T, m method) {
 	t.Helper()
-	w.put("units/a.service", registry.Encode(registry.Unit{V: 1, Text: text("a"), Desired: registry.Inactive}))
+	w.Put("cluster/units/a.service", state.Encode(state.UnitRecord{V: 1, Text: apitest.Text("a"), Desired: unit.Inactive}))
 	body := map[string]string{"PUT": `{"desiredState":"inactive"}`, "PATCH": "[]"}[m.HTTPMethod]
-	r := w.do(m.HTTPMethod, "/fleet/v1/"+strings.ReplaceAll(m.Path, "{unitName}", "a.service"), jsonType, body)
-	if want := map[bool]int{true: http.StatusOK, false: http.StatusNoContent}[m.Response != nil]; r.status != want {
-		t.Errorf("%s: %d %s, want %d", m.ID, r.status, r.body, want)
+	r := w.Do(m.HTTPMethod, "/fleet/v1/"+strings.ReplaceAll(m.Path, "{unitName}", "a.service"), jsonType, body)
+	if want := map[bool]int{true: http.StatusOK, false: http.StatusNoContent}[m.Response != nil]; r.Status != want {
+		t.Errorf("%s: %d %s, want %d", m.ID, r.Status, r.Body, want)
 	}
 }
 
-// On the node's socket both APIs live beside the node's own routes.
-func TestRegister(t *testing.T) {
+// On the node's socket both APIs live beside each other.
+func TestPaths(t *testing.T) {
 	w := start(t)
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", func(http.ResponseWriter, *http.Request) {})
-	w.Register(mux)
 	for path, want := range map[string]int{"/": 405, "/fleet/v1": 405, "/fleet/v1/": 404, "/fleet/v1/units": 200, "/v1-alpha/machines": 200,
-		"/v1-alpha/x": 404, "/v1/units": 200, "/v1/status": 200, "/other": 404} {
+		"/v1-alpha/x": 404, "/v1/units": 200, "/v1/status": 200, "/metrics": 200, "/other": 404} {
 		r := httptest.NewRecorder()
-		mux.ServeHTTP(r, httptest.NewRequest("GET", path, nil))
-		if r.Code != want {
+		if w.server.Handler().ServeHTTP(r, httptest.NewRequest("GET", path, nil)); r.Code != want {
 			t.Errorf("%s: %d, want %d", path, r.Code, want)
 		}
+	}
+}
+
+// Two clients of fleet's API that create and destroy the same unit get answers
+// that make sense, and what is left is what one of them wrote.
+func TestConcurrentPuts(t *testing.T) {
+	w := start(t)
+	var created, destroyed atomic.Int64
+	apitest.Together(4, func(i int) {
+		for n := range 10 {
+			method, body := "PUT", fleetBody(fmt.Sprintf("/bin/echo %d", i), "launched")
+			if (i+n)%3 == 0 {
+				method, body = "DELETE", ""
+			}
+			r, err := w.Send(method, "/fleet/v1/units/a.service", jsonType, body)
+			switch {
+			case err != nil:
+				t.Error(err)
+			case method == "PUT" && r.Status == 201:
+				created.Add(1)
+			case method == "DELETE" && r.Status == 204:
+				destroyed.Add(1)
+			case method == "DELETE" && r.Status == 404, r.Status == 204:
+			default:
+				t.Errorf("%s: %d %s", method, r.Status, r.Body)
+			}
+		}
+	})
+	if created.Load() == 0 || destroyed.Load() == 0 || destroyed.Load() > created.Load() {
+		t.Errorf("created %d times, destroyed %d times", created.Load(), destroyed.Load())
+	}
+	if u, found := w.Stored("a.service"); found && (!strings.HasPrefix(u.Text, "[Service]\nExecStart=/bin/echo ") || u.Desired != unit.Launched) {
+		t.Errorf("what is left: %+v", u)
+	}
+}
+
+// Without the store fleet's API says so.
+func TestStoreAway(t *testing.T) {
+	proxy := storetest.NewProxy(t, storetest.Start(t))
+	w := newWorld(t, proxy.Endpoint(), "/flotilla/")
+	w.Unit("a.service", apitest.Text("a"), unit.Inactive)
+	w.Known()
+	proxy.Cut()
+	if r := w.Do("GET", "/fleet/v1/units/a.service", nil, ""); r.Status != 503 || !strings.Contains(r.Body, unregistered) {
+		t.Error(r)
+	}
+}
+
+// All 500 units, by the pages of fleet's lists.
+func BenchmarkList500(b *testing.B) {
+	w := start(b)
+	w.Populate(500, 3)
+	for _, path := range []string{"units", "state"} {
+		apitest.CPU(b, path, func(b *testing.B) {
+			count := 0
+			for token := ""; ; {
+				var page fleetPage
+				r := w.Do("GET", "/fleet/v1/"+path+token, nil, "")
+				if err := json.Unmarshal([]byte(r.Body), &page); err != nil {
+					b.Fatal(err)
+				}
+				if count += len(page.Units) + len(page.States); page.Next == "" {
+					break
+				}
+				token = "?nextPageToken=" + page.Next
+			}
+			if count != 500 {
+				b.Fatal(count)
+			}
+		})
 	}
 }

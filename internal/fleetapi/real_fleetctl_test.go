@@ -18,9 +18,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"flotilla/internal/registry"
+	"flotilla/internal/api/apitest"
+	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/unit"
 )
 
 // The machines of these tests. The first runs what it is told, see runUnits; of
@@ -55,7 +57,7 @@ func newFleetctl(t *testing.T) *fleetctl {
 	if err != nil {
 		t.Fatal(err)
 	}
-	api := f.FleetHandler()
+	api := f.Handler
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if seen := f.seen.Load(); seen != nil {
 			(*seen)(r.Method + " " + r.URL.Path)
@@ -68,16 +70,12 @@ func newFleetctl(t *testing.T) *fleetctl {
 	t.Cleanup(server.Close)
 
 	for id, address := range map[string]string{busyMachine: "10.0.0.1", testMachine: "10.0.0.2"} {
-		f.put("machines/"+id, registry.Encode(registry.Machine{V: 1, ID: id, Node: "n", Address: address, Units: true,
+		f.Put("cluster/nodes/"+id, state.Encode(state.NodeRecord{V: 1, ID: id, Name: "n", Address: address, Units: true,
 			Metadata: map[string]string{"zone": "a", "rack": address[7:]}}))
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	_, revision, err := f.Store.List(ctx, f.Keys.Unit(""))
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() { ended <- f.runUnits(ctx, revision+1) }()
+	go func() { ended <- f.runUnits(ctx) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
@@ -89,58 +87,62 @@ func newFleetctl(t *testing.T) *fleetctl {
 
 // runUnits plays engine and agent of the first machine: every unit goes there
 // and is at once what it should be, but for those called slow.
-func (f *fleetctl) runUnits(ctx context.Context, revision int64) error {
-	states := registry.States{V: 1, Units: map[string]registry.State{}}
-	return f.Store.Watch(ctx, f.Keys.Unit(""), revision, func(events []store.Event) error {
-		for _, e := range events {
-			name := strings.TrimPrefix(e.Key, f.Keys.Unit(""))
+func (f *fleetctl) runUnits(ctx context.Context) error {
+	defer f.State.FollowReports()()
+	var done *state.Snapshot // of which all was written that follows from it
+	for {
+		known, err := f.State.Until(ctx, func(s *state.Snapshot) bool { return s.Reports && s != done })
+		if err != nil {
+			return nil // the test is over
+		}
+		done = known
+		report := state.UnitsReport{V: 1, Units: map[string]state.UnitState{}}
+		var ops []store.Op
+		for name, u := range known.Units {
 			if strings.HasPrefix(name, "slow") {
 				continue
 			}
-			var wanted registry.Unit
-			if !e.Deleted {
-				var err error
-				if wanted, err = registry.Decode[registry.Unit](e.Value); err != nil {
-					return err
+			if !u.Wanted() {
+				if u.Placement.Exists() {
+					ops = append(ops, store.Delete(f.State.Keys.Placement(name)))
 				}
+				continue
 			}
-			content := fileOf(name, wanted.Text)
-			place := store.Delete(f.Keys.Placement(name))
-			switch wanted.Desired {
-			case registry.Loaded, registry.Launched:
-				if !content.global {
-					place = store.Put(f.Keys.Placement(name), registry.Encode(registry.Placement{V: 1, Machine: busyMachine, Epoch: 1}))
-				}
-				states.Units[name] = registry.State{Hash: content.hash, Load: "loaded", Active: "inactive", Sub: "dead"}
-				if wanted.Desired == registry.Launched {
-					states.Units[name] = registry.State{Hash: content.hash, Load: "loaded", Active: "active", Sub: "running", Launched: true}
-				}
-			default:
-				delete(states.Units, name)
+			if !u.Requirements.Global && !u.Placement.Exists() {
+				ops = append(ops, store.Put(f.State.Keys.Placement(name), state.Encode(state.Placement{V: 1, Node: busyMachine, Epoch: 1})))
 			}
-			if _, err := f.Store.Apply(ctx, []store.Op{place, store.Put(f.Keys.States(busyMachine), registry.Encode(states))}); err != nil && ctx.Err() == nil {
-				return err
+			report.Units[name] = state.UnitState{Hash: u.Hash, Load: "loaded", Active: "inactive", Sub: "dead"}
+			if u.Record.Value.Desired == unit.Launched {
+				report.Units[name] = state.UnitState{Hash: u.Hash, Load: "loaded", Active: "active", Sub: "running", Launched: true}
 			}
 		}
-		return nil
-	})
+		if value := state.Encode(report); value != state.Encode(known.Nodes[busyMachine].Units.Value) {
+			ops = append(ops, store.Put(f.State.Keys.UnitsReport(busyMachine), value))
+		}
+		if len(ops) == 0 {
+			continue
+		}
+		if _, err := f.Store.Apply(ctx, ops); err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
 }
 
 // report says what the second machine runs. It may be called from any goroutine.
 func (f *fleetctl) report(name, active string) {
-	unit, _, err := f.Store.Get(f.t.Context(), f.Keys.Unit(name))
+	known, err := f.State.Fresh(f.Context())
 	if err != nil {
-		f.t.Error(err)
+		f.Error(err)
 		return
 	}
-	states := registry.States{V: 1, Units: map[string]registry.State{}}
+	report := state.UnitsReport{V: 1, Units: map[string]state.UnitState{}}
 	if active != "" {
-		states.Units[name] = registry.State{Hash: fileOf(name, recordOf[registry.Unit](unit, true).registry.Text).hash, Load: "loaded", Active: active, Launched: true}
+		report.Units[name] = state.UnitState{Hash: known.Units[name].Hash, Load: "loaded", Active: active, Launched: true}
 	}
-	ops := []store.Op{store.Put(f.Keys.Placement(name), registry.Encode(registry.Placement{V: 1, Machine: testMachine, Epoch: 1})),
-		store.Put(f.Keys.States(testMachine), registry.Encode(states))}
-	if _, err := f.Store.Apply(f.t.Context(), ops); err != nil {
-		f.t.Error(err)
+	ops := []store.Op{store.Put(f.State.Keys.Placement(name), state.Encode(state.Placement{V: 1, Node: testMachine, Epoch: 1})),
+		store.Put(f.State.Keys.UnitsReport(testMachine), state.Encode(report))}
+	if _, err := f.Store.Apply(f.Context(), ops); err != nil {
+		f.Error(err)
 	}
 }
 
@@ -156,9 +158,9 @@ func (f *fleetctl) onRequest(what string, do func()) {
 }
 
 func (f *fleetctl) write(name, content string) {
-	f.t.Helper()
+	f.Helper()
 	if err := os.WriteFile(filepath.Join(f.dir, name), []byte(content), 0o600); err != nil {
-		f.t.Fatal(err)
+		f.Fatal(err)
 	}
 }
 
@@ -170,8 +172,8 @@ var (
 // run runs fleetctl with the words of line and compares its exit code and what
 // it writes. How many tabs are between columns is no concern of ours.
 func (f *fleetctl) run(line string, code int, stdout, stderr string) {
-	f.t.Helper()
-	ctx, cancel := context.WithTimeout(f.t.Context(), 2*time.Minute)
+	f.Helper()
+	ctx, cancel := context.WithTimeout(f.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, f.program, strings.Fields(line)...)
 	cmd.Dir = f.dir
@@ -181,10 +183,10 @@ func (f *fleetctl) run(line string, code int, stdout, stderr string) {
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		f.t.Fatalf("fleetctl %s: %v", line, err)
+		f.Fatalf("fleetctl %s: %v", line, err)
 	}
 	if diff := cmp.Diff([]any{code, stdout, stderr}, []any{cmd.ProcessState.ExitCode(), tabs.ReplaceAllString(out.String(), "\t"), when.ReplaceAllString(errs.String(), "")}); diff != "" {
-		f.t.Errorf("fleetctl %s (-want +got):\n%s", line, diff)
+		f.Errorf("fleetctl %s (-want +got):\n%s", line, diff)
 	}
 }
 
@@ -199,12 +201,12 @@ func TestRealFleetctl(t *testing.T) {
 	f.run("version", 0, "fleetctl version 1.0.0\n", "")
 	f.run("list-machines", 0, "MACHINE\tIP\tMETADATA\n01234567...\t10.0.0.1\track=1,zone=a\nfedcba98...\t10.0.0.2\track=2,zone=a\n", "")
 	f.run("list-machines --full --no-legend --fields=machine", 0, busyMachine+"\n"+testMachine+"\n", "")
-	f.run("--endpoint="+f.url+" list-machines --no-legend --fields=ip", 0, "10.0.0.1\n10.0.0.2\n", "")
+	f.run("--endpoint="+f.URL+" list-machines --no-legend --fields=ip", 0, "10.0.0.1\n10.0.0.2\n", "")
 	f.run("list-units", 0, "UNIT\tMACHINE\tACTIVE\tSUB\n", "")
 	f.run("list-unit-files", 0, "UNIT\tHASH\tDSTATE\tSTATE\tTARGET\n", "")
 
 	const hello = "[Unit]\nDescription=Hello\n\n[Service]\nExecStart=/bin/sleep 100\n"
-	hash := hashOf(t, hello)
+	hash := apitest.Hash(t, hello)
 	f.write("hello.service", hello)
 	f.run("submit hello.service", 0, "Unit hello.service inactive\n", "")
 	f.run("cat hello.service", 0, hello, "")
@@ -231,7 +233,7 @@ func TestRealFleetctl(t *testing.T) {
 	f.run("list-unit-files --no-legend", 0, "", "")
 }
 
-// A file that is not the one in the registry.
+// A file that is not the one in the state.
 func TestRealFleetctlReplaces(t *testing.T) {
 	f := newFleetctl(t)
 	one, two, three := "[Service]\nExecStart=/bin/sleep 1\n", "[Service]\nExecStart=/bin/sleep 2\n", "[Service]\nExecStart=/bin/sleep 3\n"
@@ -250,7 +252,7 @@ func TestRealFleetctlReplaces(t *testing.T) {
 	f.run("start a.service", 0, "Unit a.service launched"+onBusy, "")
 	f.write("a.service", one)
 	f.run("start --replace a.service", 0, "Unit a.service inactive\nUnit a.service launched"+onBusy, "")
-	f.run("list-units --no-legend --fields=unit,active,hash", 0, "a.service\tactive\t"+hashOf(t, one)[:7]+"\n", "")
+	f.run("list-units --no-legend --fields=unit,active,hash", 0, "a.service\tactive\t"+apitest.Hash(t, one)[:7]+"\n", "")
 }
 
 // Templates, of which the handler knows nothing but that they do not run, units
@@ -275,7 +277,7 @@ func TestRealFleetctlInstances(t *testing.T) {
 		"there@.service\tfalse\tinactive\tinactive\t-\n"+
 		"there@1.service\tfalse\tlaunched\tlaunched\t01234567.../10.0.0.1\n", "")
 	storetest.Wait(t, time.Minute, "the global unit", func() bool {
-		return strings.Contains(f.do("GET", "/fleet/v1/state?unitName=all.service", nil, "").body, busyMachine)
+		return strings.Contains(f.Do("GET", "/fleet/v1/state?unitName=all.service", nil, "").Body, busyMachine)
 	})
 	f.run("list-units --no-legend --fields=unit,machine,active", 0, "all.service\t01234567.../10.0.0.1\tactive\n"+
 		"here@1.service\t01234567.../10.0.0.1\tactive\nthere@1.service\t01234567.../10.0.0.1\tactive\n", "")
@@ -292,7 +294,7 @@ func TestRealFleetctlRefused(t *testing.T) {
 	f.run("status nothing.service", 1, "", "Unit nothing.service does not exist.\n")
 	f.write("bad.service", "[Service]\nExecStart=/bin/true\n[X-Fleet]\nGlobal=true\nReplaces=other.service\n")
 	f.run("submit bad.service", 1, "", "Error creating units: Global cannot be used with Replaces\n")
-	f.registered.Store(false)
+	f.world.registered.Store(false)
 	f.run("list-machines", 1, "", "Error retrieving list of active machines from fleet API (googleapi: Error 503: fleet server unable to communicate with etcd)\n"+
 		"Possible issues:\n  etcd is unhealthy and/or lost quorum\n  connection cannot be established to any etcd servers\n")
 }
@@ -302,7 +304,7 @@ func TestRealFleetctlRefused(t *testing.T) {
 func TestRealFleetctlWaits(t *testing.T) {
 	f := newFleetctl(t)
 	const state = "GET /fleet/v1/state/slow.service"
-	f.write("slow.service", text("/bin/sleep 1"))
+	f.write("slow.service", apitest.Text("/bin/sleep 1"))
 	f.run("start --block-attempts=1 slow.service", 1, "Unit slow.service inactive\n",
 		"Error waiting for units: timed out waiting for unit slow.service to report state launched\n"+
 			"Error waiting for unit states, exit status: timed out waiting for unit slow.service to report state launched\n")
@@ -310,7 +312,7 @@ func TestRealFleetctlWaits(t *testing.T) {
 	// It gets a machine as soon as it is waited for, and is active when that is asked.
 	launch := func() { f.report("slow.service", "activating") }
 	f.run("destroy slow.service", 0, "Destroyed slow.service\n", "")
-	f.write("slow.service", text("/bin/sleep 2"))
+	f.write("slow.service", apitest.Text("/bin/sleep 2"))
 	f.run("submit slow.service", 0, "Unit slow.service inactive\n", "")
 	launch()
 	f.onRequest(state, func() { f.report("slow.service", "active") })

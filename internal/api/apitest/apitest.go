@@ -26,7 +26,7 @@ type World struct {
 	testing.TB
 	Store *store.Client
 	State *state.Feed
-	url   string
+	URL   string // of what Serve serves
 }
 
 // New returns a World of the records below a prefix of the store at endpoint.
@@ -55,7 +55,7 @@ func New(t testing.TB, endpoint, prefix string) *World {
 func (w *World) Serve(h http.Handler) {
 	server := httptest.NewServer(h)
 	w.Cleanup(server.Close)
-	w.url = server.URL
+	w.URL = server.URL
 }
 
 // Put writes a key below the prefix and returns the revision.
@@ -161,7 +161,7 @@ func (w *World) Open(method, path string, header http.Header, body string) (*htt
 	if body != "" {
 		in = strings.NewReader(body)
 	}
-	req, err := http.NewRequest(method, w.url+path, in)
+	req, err := http.NewRequest(method, w.URL+path, in)
 	if err != nil {
 		return nil, err
 	}
