@@ -85,6 +85,19 @@ func (s *Server) getNodes(r *http.Request) (any, error) {
 	return out, nil
 }
 
+// getNode answers with one node, without what is on it.
+func (s *Server) getNode(r *http.Request) (any, error) {
+	known, err := s.State.Full(r.Context())
+	if err != nil {
+		return nil, err
+	}
+	id, err := findNode(known, r.PathValue("node"), false)
+	if err != nil {
+		return nil, err
+	}
+	return s.node(known, known.Nodes[id]), nil
+}
+
 // node returns all that is known of a node but what is on it.
 func (s *Server) node(known *state.Snapshot, n *state.Node) wire.Node {
 	r, set, router := n.Record.Value, n.Settings.Value, n.Router.Value

@@ -53,6 +53,7 @@ func (s *Server) routes() []Route {
 		{"POST", "/v1/failover", "`{\"allow\": true}`: move the units of many nodes that are gone", do(s.postFailover)},
 
 		{"GET", "/v1/nodes", "the nodes that are there, and the members of the store", do(s.getNodes)},
+		{"GET", "/v1/nodes/{node}", "one [node](#nodes), without the numbers of its units", do(s.getNode)},
 		{"POST", "/v1/nodes/{node}/settings", "`cordon`, `drain`, `reason`, `metadata` of a [node](#nodes); what is not given stays", do(s.postSettings)},
 		{"POST", "/v1/leave", "stop all units of the node that answers and take it out of the cluster, until it is started again", do(s.postLeave)},
 		{"DELETE", "/v1/store/members/{member}", "take the member of that name or ID out of the store for good; `conflict` while the store is not ready for that", do(s.deleteMember)},
