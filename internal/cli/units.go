@@ -346,16 +346,19 @@ func namesOf(results []wire.Result) []string {
 func (r *unitRun) finish(ctx context.Context, changed []wire.Result, goal wire.Goal, state unit.Desired, w waiting) error {
 	names := []string{}
 	for _, res := range changed {
-		switch {
-		case res.Global:
+		if res.Global {
 			Say(r.out, "Triggered global unit %s %s\n", res.Name, r.verb)
-		case w.noBlock:
-			Say(r.out, "Triggered unit %s %s\n", res.Name, r.verb)
-		default:
-			names = append(names, res.Name)
+			continue
 		}
+		if w.noBlock {
+			Say(r.out, "Triggered unit %s %s\n", res.Name, r.verb)
+		}
+		names = append(names, res.Name)
 	}
-	err := r.awaitUnits(ctx, names, goal, state, w.limit())
+	var err error
+	if !w.noBlock {
+		err = r.awaitUnits(ctx, names, goal, state, w.limit())
+	}
 	if done := fleetPhrases[r.verb].done; r.fleet && done != "" {
 		if err != nil {
 			Say(r.err, "Failed to %s units %v. exit == 1.\n", r.verb, names)

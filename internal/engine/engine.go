@@ -289,37 +289,31 @@ func (l *leadership) fail(b batch, err error) {
 
 // report logs what an operator would ask about.
 func (l *leadership) report(s Step) {
-	log, text := l.cfg.Log.Info, ""
-	attributes := []any{"reason", s.Reason}
+	log := l.cfg.Log.With("unit", s.Unit, "node", s.Node, "reason", s.Reason)
 	switch s.Do {
 	case Place:
 		l.note(func(st *Stats) { st.Placements++ })
-		text = "unit placed"
+		if s.From != "" {
+			log = log.With("from", s.From)
+		}
+		log.Info("unit placed")
 	case Leave:
 		l.note(func(st *Stats) { st.Releases++ })
-		text = "unit is to leave its node"
+		log.Info("unit is to leave its node")
 	case Refresh:
-		text = "unit placed again where it was"
+		log.Info("unit placed again where it was")
 	case Forget:
-		text = "unit forgotten with its node"
+		log.Info("unit forgotten with its node")
 	case Unplaced:
-		text = "no node takes the unit"
+		l.cfg.Log.Info("no node takes the unit", "unit", s.Unit, "reason", s.Reason)
 	case EndMove:
-		text = "move ended"
+		log.Info("move ended")
 	case Hold:
-		log, text = l.cfg.Log.Warn, "units of nodes that are gone are held"
-		attributes = append(attributes, "nodes", strings.Join(s.Failover.Held, ","), "until", time.Unix(s.Failover.Until, 0))
+		l.cfg.Log.Warn("units of nodes that are gone are held", "nodes", strings.Join(s.Failover.Held, ","), "reason", s.Reason,
+			"until", time.Unix(s.Failover.Until, 0))
 	case Allow, EndHold:
-		text = "units of nodes that are gone are not held"
-	case Approve, Clear:
-		return
+		l.cfg.Log.Info("units of nodes that are gone are not held", "reason", s.Reason)
 	}
-	for _, a := range [][2]string{{"unit", s.Unit}, {"node", s.Node}, {"from", s.From}} {
-		if a[1] != "" {
-			attributes = append(attributes, a[0], a[1])
-		}
-	}
-	log(text, attributes...)
 }
 
 // complain logs records that cannot be used, each once.

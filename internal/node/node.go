@@ -52,12 +52,12 @@ type node struct {
 	peer         *peer.Peer
 	api          *api.Server
 
-	routing // where it routes
-	units   // where it runs units
+	services // where it routes
+	units    // where it runs units
 }
 
-// routing is what a node that routes has.
-type routing struct {
+// services is what a node that routes has.
+type services struct {
 	catalog   *catalog.Feed
 	discovery *discovery
 	lastGood  *lastGood
