@@ -19,7 +19,7 @@ import (
 func TestSimulation(t *testing.T) {
 	t.Run("small", func(t *testing.T) { simulate(t, 100, 5_000, 300, true) })
 	if !testing.Short() {
-		t.Run("full", func(t *testing.T) { simulate(t, 1000, 100_000, 300, false) })
+		t.Run("full", func(t *testing.T) { simulate(t, 1000, 100_000, 30, false) })
 	}
 }
 
