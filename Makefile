@@ -49,13 +49,13 @@ fuzz: ## every fuzz test for FUZZTIME
 	done
 
 bench: deps build ## every claim of bench/, an hour on two cores, as root; BENCH=-quick for 6 minutes that show that it works
-	@set -e; for claim in propagation size throughput churn units; do go run ./bench/$$claim $(BENCH); done
+	@set -e; for claim in propagation size throughput churn nodes units; do go run ./bench/$$claim $(BENCH); done
 	$(if $(BENCH),ROUNDS=1 SECONDS_EACH=1) bench/dns/run.sh
 
 demo: ## three nodes on this machine; DEMO=once tells the story and exits; DEMO_CLUSTER=nspawn|loopback
 	@scripts/install-deps.sh demo
 	@$(MAKE) --no-print-directory build
-	@go build -o bin/demo ./demo
+	@go build -o bin/ ./demo ./examples/backend
 	@bin/demo
 
 deps:

@@ -8,11 +8,11 @@ import (
 	"testing"
 )
 
-// build makes the binaries that make demo makes.
-func build(t *testing.T) (demo, flotilla string) {
+// build makes the binaries that make demo makes. demo is its command line.
+func build(t *testing.T) (demo []string, flotilla string) {
 	t.Helper()
 	dir := t.TempDir()
-	for _, pkg := range []string{"./demo", "./cmd/flotilla", "./cmd/flotillad"} {
+	for _, pkg := range []string{"./demo", "./cmd/flotilla", "./cmd/flotillad", "./examples/backend"} {
 		cmd := exec.Command("go", "build", "-o", dir+"/", pkg)
 		cmd.Dir = ".."
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // the machines have libraries of their own
@@ -20,13 +20,21 @@ func build(t *testing.T) (demo, flotilla string) {
 			t.Fatalf("build %s: %v\n%s", pkg, err, out)
 		}
 	}
-	return filepath.Join(dir, "demo"), filepath.Join(dir, "flotilla")
+	flotilla = filepath.Join(dir, "flotilla")
+	return []string{filepath.Join(dir, "demo"), "-flotilla", flotilla, "-backend", filepath.Join(dir, "backend")}, flotilla
 }
 
-// checkSums holds the table at the end to its promises. kills says of each row
-// whether a router is killed in it.
-func checkSums(t *testing.T, out string, kills map[string]bool) {
+// checkSums holds the table at the end to its promises. backend says whether there
+// is a row of a backend that is killed.
+func checkSums(t *testing.T, out string, backend bool) {
 	t.Helper()
+	kills := map[string]bool{ // by row, whether a router is killed in it
+		"nothing happens": false, "a router is killed": true, "a node is killed": true,
+		"the node comes back": false, "a node is drained": false, "together": true,
+	}
+	if backend {
+		kills["a backend is killed"] = false
+	}
 	rows := regexp.MustCompile(`(?m)^ +([a-z ]+?) +([1-9]\d*) +([1-9]\d*) +(\d+) +(\d+) +(\d+)\b`).FindAllStringSubmatch(out, -1)
 	for _, r := range rows {
 		killed, known := kills[r[1]]

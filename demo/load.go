@@ -5,16 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"maps"
 	"net"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
+
+	"flotilla/bench/harness"
 )
 
 // The load: so many clients of each kind, each with a pause after each request.
@@ -32,8 +31,8 @@ type balance struct {
 	in      bool
 	turn    int       // counts the times it was taken out
 	killed  time.Time // just before its router was killed; zero if never
-	noticed time.Time // when the first check that began after the kill was over; zero before
 	gone    time.Time // when the killed processes had ended
+	noticed time.Time // when the first check that began after that was over; zero before
 }
 
 const (
@@ -42,35 +41,21 @@ const (
 )
 
 // check asks a path of the node's balancer port on a new connection.
-func (n *node) check(ctx context.Context, path string) error {
-	ctx, cancel := context.WithTimeout(ctx, checkLimit)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+n.at(n.ports.balancer)+path, nil)
-	if err != nil {
-		return err
+func (n *node) check(path string) error {
+	c := harness.Client{Address: n.at("balancer-port"), Path: path, Limit: checkLimit}
+	status, _, err := c.Do(http.MethodGet, n.addr)
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("%s%s answers %d", n.name, path, status)
 	}
-	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s%s answers %s", n.name, path, resp.Status)
-	}
-	return nil
+	return err
 }
 
 // watch is the balancer's view of the node, kept until ctx ends.
 func (n *node) watch(ctx context.Context) {
-	tick := time.NewTicker(checkEvery)
-	defer tick.Stop()
 	for ctx.Err() == nil {
 		began := time.Now()
-		n.balance.checked(began, n.check(ctx, "/") == nil)
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-		}
+		n.balance.checked(began, n.check("/") == nil)
+		_ = harness.Pause(ctx, checkEvery-time.Since(began)) // ctx is asked above
 	}
 }
 
@@ -139,87 +124,77 @@ const (
 	outcomes
 )
 
-// phase is what was counted while one thing happened.
-type phase struct {
-	name    string
-	began   time.Time
-	count   [outcomes]atomic.Int64
-	slowest atomic.Int64 // nanoseconds, of the answered ones
-
-	mu  sync.Mutex      // guards why
-	why map[string]*why // by what it looks like
-}
-
-// why is one reason for which requests were lost.
-type why struct {
-	count int
-	first time.Duration // since the phase began
-}
-
-func (p *phase) sent() int64 {
-	var n int64
-	for i := range p.count {
-		n += p.count[i].Load()
-	}
-	return n
-}
-
-// reasons returns why requests were lost, most frequent first.
-func (p *phase) reasons() []string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var list []string
-	for text, w := range p.why {
-		list = append(list, fmt.Sprintf("%6d  %s, first %s into it", w.count, text, took(w.first)))
-	}
-	slices.Sort(list)
-	slices.Reverse(list)
-	return list
-}
-
 // load plays the clients and the balancer in front of the nodes. It retries
 // nothing.
 type load struct {
-	nodes  []*node
-	kinds  []kind
-	next   atomic.Uint64
-	phase  atomic.Pointer[phase]
-	phases []*phase
+	nodes []*node
+	kinds []kind
+
+	mu     sync.Mutex // guards the rest
+	next   int        // of the nodes, for a new connection
+	phases []*phase   // requests count in the last one, where they end
 }
 
-// enter begins a phase: requests count where they end.
-func (l *load) enter(name string) *phase {
-	p := &phase{name: name, began: time.Now(), why: map[string]*why{}}
-	l.phases = append(l.phases, p)
-	l.phase.Store(p)
-	return p
+// phase is what was counted while one thing happened.
+type phase struct {
+	name    string
+	sent    int
+	count   [outcomes]int
+	slowest time.Duration  // of the answered ones
+	why     map[string]int // requests were lost
 }
 
-func (l *load) lost() int64 {
-	var n int64
-	for _, p := range l.phases {
-		n += p.count[lost].Load()
+// enter begins a phase.
+func (l *load) enter(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.phases = append(l.phases, &phase{name: name, why: map[string]int{}})
+}
+
+// count counts a request that began then; why says why it was lost.
+func (l *load) count(what outcome, began time.Time, why string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p := l.phases[len(l.phases)-1]
+	p.sent++
+	p.count[what]++
+	switch what {
+	case answered:
+		p.slowest = max(p.slowest, time.Since(began))
+	case lost:
+		p.why[why]++
 	}
-	return n
+}
+
+// sums returns what was counted in each phase so far.
+func (l *load) sums() []phase {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var all []phase
+	for _, p := range l.phases {
+		all = append(all, *p)
+		all[len(all)-1].why = maps.Clone(p.why)
+	}
+	return all
 }
 
 // kind is how a client speaks.
 type kind struct {
-	name    string
-	scheme  string // of the service: http or tcp
-	keep    bool   // one connection for many requests
-	request func(n *node) (port int, request string)
+	name   string
+	keep   bool   // one connection for many requests
+	host   string // that is asked for, by HTTP
+	path   string
+	tcp    bool   // lines to the echo service instead
+	answer string // what a right one contains
 }
 
-var kinds = []kind{
-	{"http, kept connections", "http", true, func(n *node) (int, string) {
-		return n.ports.http, "GET / HTTP/1.1\r\nHost: web.example.com\r\n\r\n"
-	}},
-	{"http, a connection per request", "http", false, func(n *node) (int, string) {
-		return n.ports.http, "GET /web HTTP/1.1\r\nHost: " + n.addr + "\r\nConnection: close\r\n\r\n"
-	}},
-	{"tcp", "tcp", false, func(n *node) (int, string) { return n.ports.echo, "ahoy\n" }},
-}
+// The name of the service has to be the host, or its first part, or that of the path.
+var (
+	kept   = kind{name: "http, kept connections", keep: true, host: "web.example.com", path: "/", answer: "web"}
+	byHost = kind{name: "http, a connection per request", host: "web.local", path: "/", answer: "web"}
+	byPath = kind{name: "http, a connection per request", host: "any.example.com", path: "/web", answer: "web"}
+	echo   = kind{name: "tcp", tcp: true, answer: "echo-"}
+)
 
 // perSecond is about how many requests the clients send.
 func (l *load) perSecond() int { return len(l.kinds) * clientsPerKind * int(time.Second/pause) }
@@ -229,190 +204,141 @@ func (l *load) run(ctx context.Context) {
 	var clients sync.WaitGroup
 	for _, k := range l.kinds {
 		for range clientsPerKind {
-			clients.Go(func() { l.client(ctx, k) })
+			clients.Go(func() {
+				c := &conn{}
+				for ctx.Err() == nil {
+					began := time.Now()
+					c = l.once(k, c)
+					_ = harness.Pause(ctx, pause-time.Since(began)) // ctx is asked above
+				}
+				c.Close()
+			})
 		}
 	}
 	clients.Wait()
 }
 
-func (l *load) client(ctx context.Context, k kind) {
-	tick := time.NewTicker(pause)
-	defer tick.Stop()
-	var c *conn
-	for ctx.Err() == nil {
-		c = l.once(k, c)
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-		}
-	}
-	c.close()
-}
-
-// conn is a client's connection to a node.
+// conn is a client's connection to a node; none if it has no node.
 type conn struct {
-	net.Conn
-	node   *node
-	turn   int // the node's when it was opened
-	opened time.Time
-	uses   int
-	in     *bufio.Reader
-	answer string // the last one
+	harness.Client
+	node *node
+	turn int // the node's when it was opened
+	uses int
 }
 
-func (c *conn) close() {
-	if c != nil && c.Conn != nil {
-		_ = c.Close()
+// dial returns a connection to the node, not open yet.
+func (k kind) dial(n *node, turn int) *conn {
+	port := "http-port"
+	if k.tcp {
+		port = echoPort
 	}
+	return &conn{Client: harness.Client{Address: n.at(port), Path: k.path, KeepAlive: k.keep, Limit: requestLimit}, node: n, turn: turn}
 }
 
 // usable reports whether the client may go on with the connection: it is young,
 // its node is still in, and the other side has not closed it.
 func (c *conn) usable() bool {
-	if c == nil || c.uses >= perConnection {
+	if c.node == nil || c.uses >= perConnection {
 		return false
 	}
-	if in, turn := c.node.balance.now(); !in || turn != c.turn {
-		return false
-	}
-	raw, err := c.Conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		return false
-	}
-	open := false
-	err = raw.Read(func(fd uintptr) bool {
-		// Nothing to read, and nobody has hung up.
-		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		open = errors.Is(err, syscall.EAGAIN)
-		return true
-	})
-	return err == nil && open
+	in, turn := c.node.balance.now()
+	return in && turn == c.turn && c.Open()
 }
 
-// once sends one request, counts what became of it, and returns the connection
-// if it can be used again.
+var (
+	// errAnswer is an answer that is not the right one.
+	errAnswer = errors.New("wrong answer")
+	// errBegun is an answer that ended in its middle.
+	errBegun = errors.New("the answer ended in its middle")
+)
+
+// ask sends one request and returns the answer.
+func (k kind) ask(c *conn) (answer string, err error) {
+	c.uses++
+	if k.tcp {
+		answer, err = echoes(c)
+	} else {
+		var status int
+		status, answer, err = c.Do(http.MethodGet, k.host)
+		switch {
+		case err != nil && status > 0:
+			err = fmt.Errorf("%w: %w", errBegun, err)
+		case err == nil && status != http.StatusOK:
+			err = fmt.Errorf("%w: status %d", errAnswer, status)
+		}
+	}
+	if err == nil && !strings.Contains(answer, k.answer) {
+		err = fmt.Errorf("%w: %.60q", errAnswer, answer)
+	}
+	return answer, err
+}
+
+// echoes reads the greeting of the echo service, sends it a line and reads that.
+func echoes(c *conn) (greeting string, err error) {
+	c.Opened = time.Now()
+	tcp, err := net.DialTimeout("tcp", c.Address, requestLimit)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = tcp.Close() }() // all was read
+	if err := tcp.SetDeadline(c.Opened.Add(requestLimit)); err != nil {
+		return "", err
+	}
+	if _, err := fmt.Fprintln(tcp, "ahoy"); err != nil {
+		return "", err
+	}
+	in := bufio.NewReader(tcp)
+	if greeting, err = in.ReadString('\n'); err != nil {
+		return "", err
+	}
+	line, err := in.ReadString('\n')
+	if err == nil && line != "ahoy\n" {
+		err = fmt.Errorf("%w: %.60q", errAnswer, line)
+	}
+	return greeting, err
+}
+
+// once sends one request, over a new connection unless c can be used again, counts
+// what became of it, and returns the connection.
 func (l *load) once(k kind, c *conn) *conn {
 	began := time.Now()
 	if !c.usable() {
-		c.close()
-		if c = l.pick(); c == nil {
-			p := l.phase.Load()
-			p.count[lost].Add(1)
-			p.note("no node is in the balancer")
-			return nil
-		}
-	}
-	port, request := k.request(c.node)
-	err := c.exchange(k, port, request)
-	p := l.phase.Load()
-	if err == nil {
-		p.count[answered].Add(1)
-		took := int64(time.Since(began))
-		for old := p.slowest.Load(); took > old && !p.slowest.CompareAndSwap(old, took); old = p.slowest.Load() {
-		}
-		if k.keep {
+		c.Close()
+		if c = l.pick(k); c.node == nil {
+			l.count(lost, began, "no node is in the balancer")
 			return c
 		}
-		c.close()
-		return nil
+	}
+	_, err := k.ask(c)
+	if err == nil {
+		l.count(answered, began, "")
+		return c
 	}
 	what := lost
 	if !errors.Is(err, errAnswer) {
-		what = c.node.balance.blame(began, c.opened)
+		what = c.node.balance.blame(began, c.Opened)
 	}
 	if errors.Is(err, errBegun) && slices.ContainsFunc(l.nodes, func(n *node) bool { return n.balance.endpoints(began) }) {
 		what = cut // no router can send the other half
 	}
-	if p.count[what].Add(1); what == lost {
-		p.note(fmt.Sprintf("%s, %s: %s", k.name, c.node.name, classify(err)))
+	why := err.Error()
+	if op := (*net.OpError)(nil); errors.As(err, &op) { // without the addresses, which make each one different
+		why = op.Op + ": " + op.Err.Error()
 	}
-	c.close()
-	return nil
+	l.count(what, began, k.name+", "+c.node.name+": "+why)
+	return c
 }
 
-// pick returns the next node's connection, not open yet; nil if all are out.
-func (l *load) pick() *conn {
+// pick returns a connection to the next node, not open yet; none if all are out.
+func (l *load) pick(k kind) *conn {
 	for range l.nodes {
-		n := l.nodes[l.next.Add(1)%uint64(len(l.nodes))]
+		l.mu.Lock()
+		l.next = (l.next + 1) % len(l.nodes)
+		n := l.nodes[l.next]
+		l.mu.Unlock()
 		if in, turn := n.balance.now(); in {
-			return &conn{node: n, turn: turn}
+			return k.dial(n, turn)
 		}
 	}
-	return nil
-}
-
-// errAnswer is an answer that is not the right one.
-var errAnswer = errors.New("wrong answer")
-
-// errBegun is an answer that ended in its middle.
-var errBegun = errors.New("the answer ended in its middle")
-
-// exchange sends a request, over a new connection if there is none, and reads
-// the answer to its end.
-func (c *conn) exchange(k kind, port int, request string) (err error) {
-	if c.Conn == nil {
-		c.opened = time.Now()
-		if c.Conn, err = net.DialTimeout("tcp", c.node.at(port), requestLimit); err != nil {
-			return err
-		}
-		c.in = bufio.NewReader(c.Conn)
-	}
-	c.uses++
-	if err := c.SetDeadline(time.Now().Add(requestLimit)); err != nil {
-		return err
-	}
-	if _, err := io.WriteString(c, request); err != nil {
-		return err
-	}
-	if k.scheme == "tcp" {
-		c.answer, err = c.in.ReadString('\n')
-		if err == nil && (!strings.HasPrefix(c.answer, "echo-") || !strings.HasSuffix(c.answer, " echoes ahoy\n")) {
-			return fmt.Errorf("%w: %q", errAnswer, c.answer)
-		}
-		return err
-	}
-	resp, err := http.ReadResponse(c.in, nil)
-	if err != nil {
-		return err
-	}
-	body, err := io.ReadAll(resp.Body)
-	c.answer = string(body)
-	switch {
-	case err != nil:
-		return fmt.Errorf("%w: %w", errBegun, err)
-	case resp.StatusCode != http.StatusOK:
-		return fmt.Errorf("%w: status %d", errAnswer, resp.StatusCode)
-	case !strings.HasPrefix(c.answer, "web"):
-		return fmt.Errorf("%w: %.60q", errAnswer, c.answer)
-	}
-	return nil
-}
-
-// note remembers why a request was lost.
-func (p *phase) note(text string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.why[text] == nil {
-		p.why[text] = &why{first: time.Since(p.began)}
-	}
-	p.why[text].count++
-}
-
-// classify names the error without the addresses that make each one different.
-func classify(err error) string {
-	switch {
-	case errors.Is(err, errAnswer):
-		return err.Error()
-	case errors.Is(err, errBegun):
-		return errBegun.Error()
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return "connection refused"
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return "connection reset"
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return "no answer in " + requestLimit.String()
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return "connection closed before the answer"
-	}
-	return err.Error()
+	return &conn{}
 }

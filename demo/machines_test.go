@@ -17,7 +17,7 @@ import (
 func TestMachinesStory(t *testing.T) {
 	demo, flotilla := build(t)
 	env := append(os.Environ(), "DEMO=once", "DEMO_CLUSTER=nspawn")
-	killed := exec.CommandContext(t.Context(), demo, "-flotilla", flotilla)
+	killed := exec.CommandContext(t.Context(), demo[0], demo[1:]...)
 	killed.Env, killed.Dir = env, ".."
 	read, err := killed.StdoutPipe()
 	if err != nil {
@@ -34,7 +34,7 @@ func TestMachinesStory(t *testing.T) {
 	_, _ = io.Copy(io.Discard, read) // until its last command has ended
 	_ = killed.Wait()                // it was killed
 
-	cmd := exec.CommandContext(t.Context(), demo, "-flotilla", flotilla)
+	cmd := exec.CommandContext(t.Context(), demo[0], demo[1:]...)
 	cmd.Env, cmd.Dir = env, ".."
 	raw, err := cmd.CombinedOutput()
 	out := string(raw)
@@ -50,10 +50,7 @@ func TestMachinesStory(t *testing.T) {
 			t.Errorf("the story lacks %q", want)
 		}
 	}
-	checkSums(t, out, map[string]bool{
-		"nothing happens": false, "the power fails": true, "the machine comes back": false,
-		"a machine is drained": false, "together": true,
-	})
+	checkSums(t, out, false)
 	if list, err := exec.Command(flotilla, "cluster", "list").CombinedOutput(); err != nil || regexp.MustCompile(`(?m)^demo `).Match(list) {
 		t.Errorf("clusters afterwards (%v):\n%s", err, list)
 	}

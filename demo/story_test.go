@@ -14,9 +14,9 @@ import (
 
 // killedDemo starts a demo, kills it when its nodes run, and returns the
 // directory that it left.
-func killedDemo(t *testing.T, demo, flotilla string) string {
+func killedDemo(t *testing.T, demo []string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), demo, "-flotilla", flotilla)
+	cmd := exec.CommandContext(t.Context(), demo[0], demo[1:]...)
 	cmd.Env = append(os.Environ(), "DEMO_CLUSTER=loopback")
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
@@ -40,7 +40,7 @@ func killedDemo(t *testing.T, demo, flotilla string) string {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait() // it was killed
-	if len(livePids(dir, "*.pid", "*/*.pid", "*/*/*.pid")) < 9 {
+	if dir == "" || len(running(dir+"/")) < 9 {
 		t.Fatalf("the killed demo left fewer than three nodes in %q", dir)
 	}
 	return dir
@@ -48,9 +48,9 @@ func killedDemo(t *testing.T, demo, flotilla string) string {
 
 // What make demo tells on loopback addresses, after a demo that was killed with all its nodes running.
 func TestStory(t *testing.T) {
-	demo, flotilla := build(t)
-	left := killedDemo(t, demo, flotilla)
-	cmd := exec.CommandContext(t.Context(), demo, "-flotilla", flotilla)
+	demo, _ := build(t)
+	left := killedDemo(t, demo)
+	cmd := exec.CommandContext(t.Context(), demo[0], demo[1:]...)
 	cmd.Env = append(os.Environ(), "DEMO=once", "DEMO_CLUSTER=loopback")
 	raw, err := cmd.CombinedOutput()
 	out := string(raw)
@@ -60,7 +60,7 @@ func TestStory(t *testing.T) {
 	}
 	for _, want := range []string{
 		"Removing what an earlier demo left in " + left + ".\n",
-		" answers GET / for web.example.com\n",
+		": GET / host=web.example.com ",
 		"No request was lost",
 		"Stopping everything and removing " + left + ".\n",
 	} {
@@ -71,10 +71,7 @@ func TestStory(t *testing.T) {
 	if strings.Contains(out, "\x1b") {
 		t.Error("colour, though this is no terminal")
 	}
-	checkSums(t, out, map[string]bool{
-		"nothing happens": false, "a backend is killed": false, "a router is killed": true,
-		"a node is killed": true, "the node comes back": false, "together": true,
-	})
+	checkSums(t, out, true)
 	if _, err := os.Stat(left); !os.IsNotExist(err) {
 		t.Errorf("stat %s: %v, want it gone", left, err)
 	}

@@ -56,49 +56,37 @@ func (t *teller) step(title string) {
 // command shows a command line without running it.
 func (t *teller) command(line string) { t.say("  %s %s", t.paint(faint, "$"), t.paint(cyan, line)) }
 
-// run shows a shell command, runs it and shows what it wrote. The command must
-// end with exit code 0 within 20 s.
-func (t *teller) run(ctx context.Context, line string) (string, error) {
-	t.command(line)
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "sh", "-c", line)
-	cmd.WaitDelay = time.Second
-	raw, err := cmd.CombinedOutput()
-	out := strings.TrimRight(string(raw), "\n")
-	for l := range strings.Lines(out) {
-		t.say("    %s", strings.TrimRight(l, "\n"))
-	}
-	if err != nil {
-		return out, fmt.Errorf("%s: %w", line, err)
-	}
-	return out, nil
-}
+// commandLimit is how long a command may take: the longest one makes machines.
+const commandLimit = 6 * time.Minute
 
-// stream shows a shell command, runs it and shows what it writes as it comes.
-func (t *teller) stream(ctx context.Context, line string) error {
+// run shows a shell command, runs it and shows what it writes as it comes, which it
+// returns.
+func (t *teller) run(ctx context.Context, line string) (string, error) {
 	t.command(line)
 	read, write, err := os.Pipe()
 	if err != nil {
-		return err
+		return "", err
 	}
-	cmd := exec.CommandContext(ctx, "sh", "-c", "exec "+line)
+	ctx, cancel := context.WithTimeout(ctx, commandLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", line)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the demo, which ends it
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = 10 * time.Second
 	cmd.Stdout, cmd.Stderr = write, write
 	if err := cmd.Start(); err != nil {
-		return errors.Join(err, read.Close(), write.Close())
+		return "", errors.Join(err, read.Close(), write.Close())
 	}
 	_ = write.Close() // the command has its own
+	var out []string
 	for lines := bufio.NewScanner(read); lines.Scan(); {
+		out = append(out, lines.Text())
 		t.say("    %s", lines.Text())
 	}
-	err = errors.Join(cmd.Wait(), read.Close())
-	if err != nil {
-		return fmt.Errorf("%s: %w", line, err)
+	if err := errors.Join(cmd.Wait(), read.Close()); err != nil {
+		return "", fmt.Errorf("%s: %w", line, err)
 	}
-	return nil
+	return strings.Join(out, "\n"), nil
 }
 
 // took says a duration the way people do.

@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -67,14 +65,14 @@ func run(ctx context.Context, b *harness.Bench, length time.Duration, rounds int
 
 // round is the result of one measurement.
 type round struct {
-	changes              int
-	load                 *load
-	node, haproxy, store float64 // cores
+	harness.Span
+	load    load
+	changes int
 }
 
 func size(ctx context.Context, b *harness.Bench, services int, length time.Duration, rounds int) (err error) {
 	cluster, err := b.StartCluster(ctx, nodeNet, 1)
-	defer func() { err = errors.Join(err, cluster.Stop(), os.RemoveAll(filepath.Join(b.Dir, "n1"))) }()
+	defer func() { err = errors.Join(err, cluster.Stop()) }()
 	if err != nil {
 		return err
 	}
@@ -83,93 +81,84 @@ func size(ctx context.Context, b *harness.Bench, services int, length time.Durat
 	if err := s.populate(ctx, services); err != nil {
 		return err
 	}
-	before, err := cluster.Reloads(ctx)
-	if err != nil {
-		return err
-	}
 	b.Printf("\n%d services\nchanges/s  round  requests  failed  p50 ms  p99 ms  max ms  changes  node  haproxy  store (cores)\n", services)
 	rates := []int{0, 10, fast}
-	results := map[int][]round{}
-	for i := range rounds {
-		for _, r := range rates {
-			got, err := measure(ctx, s, r, length)
-			if err != nil {
-				return err
-			}
-			results[r] = append(results[r], got)
-			ms := got.load.ms
-			b.Printf("%9d  %5d  %8d  %6d  %6.2f  %6.2f  %6.1f  %7d  %.3f    %.3f  %.3f\n", r, i+1, got.load.sent, got.load.failed,
-				harness.Median(ms), harness.Percentile(ms, 99), harness.Percentile(ms, 100), got.changes, got.node, got.haproxy, got.store)
-			for _, f := range got.load.failures {
-				b.Printf("           %s\n", f)
+	results := map[int][]*round{}
+	all, err := cluster.During(ctx, func() error {
+		for i := range rounds {
+			for _, rate := range rates {
+				r, err := measure(ctx, s, rate, length)
+				if err != nil {
+					return err
+				}
+				results[rate] = append(results[rate], r)
+				ms := r.load.ms
+				b.Printf("%9d  %5d  %8d  %6d  %6.2f  %6.2f  %6.1f  %7d  %.3f    %.3f  %.3f\n", rate, i+1, len(ms), r.load.failed,
+					harness.Median(ms), harness.Percentile(ms, 99), harness.Percentile(ms, 100), r.changes,
+					r.Cores(harness.NodePart), r.Cores(harness.HAProxyPart), r.Cores(harness.StorePart))
+				for _, f := range r.load.failures {
+					b.Printf("           %s\n", f)
+				}
 			}
 		}
-	}
-	after, err := cluster.Reloads(ctx)
+		return nil
+	})
 	if err != nil {
 		return err
 	}
 	var quiet []float64
 	for _, r := range results[0] {
-		quiet = append(quiet, r.haproxy)
+		quiet = append(quiet, r.Cores(harness.HAProxyPart))
 	}
-	for _, r := range rates[1:] {
+	for _, rate := range rates[1:] {
 		var control []float64
 		failed, sent := 0, 0
-		for _, got := range results[r] {
-			control = append(control, got.node+max(0, got.haproxy-harness.Median(quiet)))
-			failed, sent = failed+got.load.failed, sent+got.load.sent
+		for _, r := range results[rate] {
+			control = append(control, r.Cores(harness.NodePart)+max(0, r.Cores(harness.HAProxyPart)-harness.Median(quiet)))
+			failed, sent = failed+r.load.failed, sent+len(r.load.ms)
 		}
-		b.Printf("control at %d changes/s: median %.3f cores  raw %s\n", r, harness.Median(control), harness.Join(control, "%.3f"))
-		b.AtMost(fmt.Sprintf("failed of %d requests at %d changes/s, %d services", sent, r, services), float64(failed), 0, "")
-		if r == fast {
-			b.AtMost(fmt.Sprintf("control at %d changes/s, %d services", r, services), harness.Median(control), barCores, " cores")
+		b.Printf("control at %d changes/s: median %.3f cores  raw %s\n", rate, harness.Median(control), harness.Join(control, "%.3f"))
+		b.AtMost(fmt.Sprintf("failed of %d requests at %d changes/s, %d services", sent, rate, services), float64(failed), 0, "")
+		if rate == fast {
+			b.AtMost(fmt.Sprintf("control at %d changes/s, %d services", rate, services), harness.Median(control), barCores, " cores")
 		}
 	}
-	b.AtMost(fmt.Sprintf("HAProxy reloads, %d services", services), float64(after-before), 0, "")
+	b.AtMost(fmt.Sprintf("HAProxy reloads, %d services", services), float64(all.Reloads), 0, "")
 	return nil
 }
 
 // measure keeps the load and the changes up for length.
-func measure(ctx context.Context, s *swarm, changes int, length time.Duration) (round, error) {
-	node := s.cluster.Nodes[0]
-	before, err := node.Costs()
-	if err != nil {
-		return round{}, err
-	}
-	began := time.Now()
-	done := began.Add(length)
-	r := round{load: &load{}}
-	g, gctx := errgroup.WithContext(ctx)
-	for i := range clients {
-		g.Go(func() error { return r.load.run(gctx, node.Address, i, done) })
-	}
-	g.Go(func() (err error) {
-		r.changes, err = s.churn(gctx, changes, done)
-		return err
+func measure(ctx context.Context, s *swarm, changes int, length time.Duration) (r *round, err error) {
+	r = &round{}
+	r.Span, err = s.cluster.During(ctx, func() error {
+		g, ctx := errgroup.WithContext(ctx)
+		for i := range clients {
+			g.Go(func() error { return r.load.run(ctx, s.cluster.Nodes[0].Address, i, length) })
+		}
+		if changes > 0 {
+			g.Go(func() error {
+				return harness.Every(ctx, time.Second/time.Duration(changes), length, func() error {
+					r.changes++
+					return s.change(ctx, r.changes)
+				})
+			})
+		}
+		return g.Wait()
 	})
-	if err := g.Wait(); err != nil {
-		return r, err
-	}
-	took := time.Since(began).Seconds()
-	after, err := node.Costs()
-	r.node = (after.Node.CPU - before.Node.CPU).Seconds() / took
-	r.haproxy = (after.HAProxy.CPU - before.HAProxy.CPU).Seconds() / took
-	r.store = (after.Store.CPU - before.Store.CPU).Seconds() / took
 	return r, err
 }
 
 // load counts requests and what went wrong with them.
 type load struct {
-	mu           sync.Mutex // guards all below
-	sent, failed int
-	ms           []float64
-	failures     []string // the first few
+	mu       sync.Mutex // guards all below
+	ms       []float64  // of each request
+	failed   int
+	failures []string // the first few
 }
 
 // run asks random services, one request after the other, at client i's share of
 // the rate.
-func (l *load) run(ctx context.Context, address string, i int, done time.Time) error {
+func (l *load) run(ctx context.Context, address string, i int, length time.Duration) error {
 	c := &harness.Client{Address: address, KeepAlive: i%2 == 0}
 	defer c.Close()
 	method := http.MethodGet
@@ -177,30 +166,22 @@ func (l *load) run(ctx context.Context, address string, i int, done time.Time) e
 		method = http.MethodPost
 	}
 	every := time.Second * clients / rate
-	// Clients do not keep step with each other.
-	if err := harness.Pause(ctx, rand.N(every)); err != nil {
+	late := rand.N(every) // clients do not keep step with each other
+	if err := harness.Pause(ctx, late); err != nil {
 		return err
 	}
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for time.Now().Before(done) {
+	return harness.Every(ctx, every, length-late, func() error {
 		name := harness.ServiceName(rand.IntN(asked))
 		began := time.Now()
 		status, body, err := c.Do(method, name)
 		l.count(time.Since(began), method, name, status, body, err)
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	return nil
+		return nil
+	})
 }
 
 func (l *load) count(took time.Duration, method, name string, status int, body string, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.sent++
 	l.ms = append(l.ms, took.Seconds()*1000)
 	if err == nil && status == http.StatusOK && strings.HasPrefix(body, name+"/") {
 		return
@@ -213,35 +194,29 @@ func (l *load) count(took time.Duration, method, name string, status int, body s
 
 // swarm is the endpoints of the services that are asked.
 type swarm struct {
-	cluster *harness.Cluster
-	next    int        // number of the next endpoint, never used twice
-	live    [][]member // by service, oldest first
-	leaving errgroup.Group
+	cluster  *harness.Cluster
+	next     int        // number of the next endpoint, never used twice
+	live     [][]member // by service, oldest first
+	changing int        // the service of the last change
+	leaving  errgroup.Group
 }
 
+// member is one of them; its key ends with n.
 type member struct {
-	n      string // in the key
+	n      string
 	server *harness.Endpoint
 }
 
-func (m member) key(service int) string {
-	return harness.EndpointKey(harness.ServiceName(service), m.n)
-}
-
-func (m member) put(service int) clientv3.Op {
-	return clientv3.OpPut(m.key(service), m.server.Address)
-}
-
-// start starts an endpoint of the service.
-func (s *swarm) start(service int) (member, error) {
+// start starts an endpoint of the service, and returns what puts it into the store.
+func (s *swarm) start(service int) (put clientv3.Op, err error) {
 	s.next++
 	n := fmt.Sprint(s.next)
 	e, err := harness.Serve(harness.EndpointAddress(endpointNet, s.next), harness.ServiceName(service)+"/"+n)
-	m := member{n, e}
-	if err == nil {
-		s.live[service] = append(s.live[service], m)
+	if err != nil {
+		return put, err
 	}
-	return m, err
+	s.live[service] = append(s.live[service], member{n, e})
+	return clientv3.OpPut(harness.EndpointKey(harness.ServiceName(service), n), e.Address), nil
 }
 
 // populate makes all services and waits until they are routed.
@@ -253,13 +228,13 @@ func (s *swarm) populate(ctx context.Context, services int) error {
 		return err
 	}
 	for i := range asked {
-		ops := harness.ServiceOps(harness.ServiceName(i))
+		ops := harness.ServiceOps("", harness.ServiceName(i))
 		for range 3 {
-			m, err := s.start(i)
+			put, err := s.start(i)
 			if err != nil {
 				return err
 			}
-			ops = append(ops, m.put(i))
+			ops = append(ops, put)
 		}
 		resp, err := s.cluster.Store.Txn(ctx).Then(ops...).Commit()
 		if err != nil {
@@ -270,43 +245,25 @@ func (s *swarm) populate(ctx context.Context, services int) error {
 	return s.cluster.Settle(ctx, revision)
 }
 
-// churn makes changes of random services until done, and returns how many.
-func (s *swarm) churn(ctx context.Context, rate int, done time.Time) (int, error) {
-	if rate == 0 {
-		return 0, nil
-	}
-	tick := time.NewTicker(time.Second / time.Duration(rate))
-	defer tick.Stop()
-	changes := 0
-	service := 0
-	for ; time.Now().Before(done); changes++ {
-		if changes%2 == 0 {
-			service = rand.IntN(asked)
-			m, err := s.start(service)
-			if err != nil {
-				return changes, err
-			}
-			if _, err := s.cluster.Store.Do(ctx, m.put(service)); err != nil {
-				return changes, err
-			}
-		} else {
-			m := s.live[service][0]
-			s.live[service] = s.live[service][1:]
-			if _, err := s.cluster.Store.Do(ctx, clientv3.OpDelete(m.key(service))); err != nil {
-				return changes, err
-			}
-			s.leaving.Go(func() error {
-				time.Sleep(closeAfter)
-				return m.server.Close()
-			})
+// change makes a change of a random service: in turn one endpoint more, and one
+// less of the same service.
+func (s *swarm) change(ctx context.Context, turn int) error {
+	if turn%2 == 1 {
+		s.changing = rand.IntN(asked)
+		put, err := s.start(s.changing)
+		if err == nil {
+			_, err = s.cluster.Store.Do(ctx, put)
 		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return changes, ctx.Err()
-		}
+		return err
 	}
-	return changes, nil
+	oldest := s.live[s.changing][0]
+	s.live[s.changing] = s.live[s.changing][1:]
+	_, err := s.cluster.Store.Delete(ctx, harness.EndpointKey(harness.ServiceName(s.changing), oldest.n))
+	s.leaving.Go(func() error {
+		time.Sleep(closeAfter)
+		return oldest.server.Close()
+	})
+	return err
 }
 
 // close ends all endpoints.

@@ -1,6 +1,7 @@
-// Package harness is what the benchmarks share: real nodes of the built binary
-// on loopback addresses, sample endpoints, what processes cost, and the report.
-// It knows how a node is run and asked; it must not know any claim.
+// Package harness is what the benchmarks and the demo share: real nodes of the
+// built program on loopback addresses or in containers, sample endpoints, what
+// processes cost, and the report of a benchmark. It knows how a node is run and
+// asked; it must not know any claim.
 package harness
 
 import (
@@ -53,11 +54,9 @@ func Main(name, claim string, run func(context.Context, *Bench) error) {
 }
 
 func (b *Bench) run(ctx context.Context, claim, out string, run func(context.Context, *Bench) error) (err error) {
-	unlock, err := b.lock(ctx)
-	if err != nil {
+	if err := b.lock(ctx); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
 	if err := b.open(); err != nil {
 		return err
 	}
@@ -93,23 +92,21 @@ func (b *Bench) run(ctx context.Context, claim, out string, run func(context.Con
 }
 
 // lock waits until no other benchmark runs on this machine: two at a time would
-// measure each other.
-func (b *Bench) lock(ctx context.Context) (unlock func() error, err error) {
-	f, err := os.OpenFile(filepath.Join(os.TempDir(), "flotilla-bench.lock"), os.O_CREATE|os.O_RDWR, 0o666)
+// measure each other. It is held until this process ends.
+func (b *Bench) lock(ctx context.Context) error {
+	fd, err := syscall.Open(filepath.Join(os.TempDir(), "flotilla-bench.lock"), syscall.O_CREAT|syscall.O_RDWR|syscall.O_CLOEXEC, 0o666)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	for said := false; ; said = true {
-		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
-			return f.Close, nil
-		}
+	for said := false; syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB) != nil; said = true {
 		if !said {
 			b.Logf("another benchmark runs; waiting for it")
 		}
 		if err := Pause(ctx, time.Second); err != nil {
-			return nil, errors.Join(err, f.Close())
+			return err
 		}
 	}
+	return nil
 }
 
 // open looks for what the run needs.
@@ -120,10 +117,7 @@ func (b *Bench) open() (err error) {
 	if _, err := os.Stat(b.Binary); err != nil {
 		return fmt.Errorf("%w: run make build, in the root of the repository", err)
 	}
-	if b.HAProxy, err = exec.LookPath(b.HAProxy); err != nil {
-		return fmt.Errorf("no HAProxy: %w: run scripts/install-deps.sh test", err)
-	}
-	if b.HAProxy, err = filepath.Abs(b.HAProxy); err != nil {
+	if b.HAProxy, err = Program(b.HAProxy, "scripts/install-deps.sh test"); err != nil {
 		return err
 	}
 	b.Dir, err = os.MkdirTemp("", "fb-")
@@ -185,14 +179,63 @@ func (b *Bench) Sizes() []int {
 	return []int{10, 1000, 10000}
 }
 
+// Program returns the absolute path of a program that is named or given by its
+// path; its error names the command that provides it.
+func Program(name, provider string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%w: run %s", err, provider)
+	}
+	return path, nil
+}
+
+// Until asks cond every so often until it returns nil, and fails with its last
+// error when that takes longer than limit.
+func Until(ctx context.Context, limit, every time.Duration, what string, cond func() error) error {
+	began := time.Now()
+	for {
+		err := cond()
+		switch {
+		case err == nil:
+			return nil
+		case time.Since(began) > limit:
+			return fmt.Errorf("waited %s for %s: %w", time.Since(began).Round(time.Millisecond), what, err)
+		}
+		if stopped := Pause(ctx, every); stopped != nil {
+			return fmt.Errorf("wait for %s: %w: %w", what, stopped, err)
+		}
+	}
+}
+
 // Pause waits for d, or returns ctx's error.
 func Pause(ctx context.Context, d time.Duration) error {
 	select {
 	case <-time.After(d):
 		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
+}
+
+// Every calls do at once and then at each tick, until length is over. Calls that
+// take longer than interval lose ticks.
+func Every(ctx context.Context, interval, length time.Duration, do func() error) error {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for began := time.Now(); time.Since(began) < length; {
+		if err := do(); err != nil {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // Percentile returns the smallest sample that p percent of them do not exceed;
@@ -207,6 +250,11 @@ func Percentile(samples []float64, p float64) float64 {
 
 // Median is the 50th percentile.
 func Median(samples []float64) float64 { return Percentile(samples, 50) }
+
+// Spread says how samples are spread, in ms.
+func Spread(ms []float64) string {
+	return fmt.Sprintf("n %d  p50 %.2f  p90 %.2f  p99 %.2f  max %.2f ms", len(ms), Median(ms), Percentile(ms, 90), Percentile(ms, 99), Percentile(ms, 100))
+}
 
 // Join writes samples side by side.
 func Join(samples []float64, format string) string {

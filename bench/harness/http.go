@@ -2,12 +2,15 @@ package harness
 
 import (
 	"bufio"
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"syscall"
 	"time"
 )
 
@@ -45,25 +48,34 @@ func (e *Endpoint) Close() error { return e.server.Close() }
 
 // Client is an HTTP client without mercy: one connection, no second attempt.
 type Client struct {
-	Address   string // ip:port
-	KeepAlive bool   // use a connection for many requests
+	Address   string        // ip:port
+	Path      string        // that is asked for; empty: /
+	KeepAlive bool          // use a connection for many requests
+	Limit     time.Duration // of one request; 0: requestLimit
+	Opened    time.Time     // when it began to open its last connection
 
 	conn net.Conn
 	in   *bufio.Reader
 }
 
-// requestTimeout is longer than anything that a router waits for.
-const requestTimeout = 15 * time.Second
+// requestLimit is longer than anything that a router waits for.
+const requestLimit = 15 * time.Second
 
 // Do sends one request without a body and returns the status and the answer. It
-// opens a connection if none is left.
+// opens a connection if none is left. A status with an error is that of an answer
+// that has broken off.
 func (c *Client) Do(method, host string) (int, string, error) {
+	limit := cmp.Or(c.Limit, requestLimit)
 	if c.conn == nil {
-		conn, err := net.DialTimeout("tcp", c.Address, requestTimeout)
+		c.Opened = time.Now()
+		conn, err := net.DialTimeout("tcp", c.Address, limit)
 		if err != nil {
 			return 0, "", err
 		}
 		c.conn, c.in = conn, bufio.NewReader(conn)
+	}
+	if err := c.conn.SetDeadline(time.Now().Add(limit)); err != nil {
+		return 0, "", err
 	}
 	status, body, stays, err := c.exchange(method, host)
 	if err != nil || !stays || !c.KeepAlive {
@@ -72,10 +84,27 @@ func (c *Client) Do(method, host string) (int, string, error) {
 	return status, body, err
 }
 
-func (c *Client) exchange(method, host string) (status int, answer string, stays bool, err error) {
-	if err := c.conn.SetDeadline(time.Now().Add(requestTimeout)); err != nil {
-		return 0, "", false, err
+// Open reports whether there is a connection that the other side has not closed.
+func (c *Client) Open() bool {
+	socket, ok := c.conn.(syscall.Conn)
+	if !ok {
+		return false
 	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return false
+	}
+	open := false
+	err = raw.Read(func(fd uintptr) bool {
+		// Nothing to read, and nobody has hung up.
+		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		open = errors.Is(err, syscall.EAGAIN)
+		return true
+	})
+	return err == nil && open
+}
+
+func (c *Client) exchange(method, host string) (status int, answer string, stays bool, err error) {
 	extra := ""
 	if !c.KeepAlive {
 		extra = "Connection: close\r\n"
@@ -83,7 +112,7 @@ func (c *Client) exchange(method, host string) (status int, answer string, stays
 	if method == http.MethodPost {
 		extra += "Content-Length: 0\r\n"
 	}
-	if _, err := fmt.Fprintf(c.conn, "%s / HTTP/1.1\r\nHost: %s\r\n%s\r\n", method, host, extra); err != nil {
+	if _, err := fmt.Fprintf(c.conn, "%s %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", method, cmp.Or(c.Path, "/"), host, extra); err != nil {
 		return 0, "", false, err
 	}
 	resp, err := http.ReadResponse(c.in, nil)

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,6 +19,8 @@ type Usage struct {
 	RSS  float64       // resident now, MiB
 	Peak float64       // most that was ever resident, MiB
 }
+
+func (u Usage) plus(o Usage) Usage { return Usage{u.CPU + o.CPU, u.RSS + o.RSS, u.Peak + o.Peak} }
 
 // clockTick is the unit of CPU times in /proc (USER_HZ, 100 on Linux).
 const clockTick = 10 * time.Millisecond
@@ -50,7 +53,7 @@ func ProcessUsage(pid int, children bool) (Usage, error) {
 			if err != nil {
 				return u, err
 			}
-			u = Usage{u.CPU + cu.CPU, u.RSS + cu.RSS, u.Peak + cu.Peak}
+			u = u.plus(cu)
 		}
 	}
 	return u, nil
@@ -97,8 +100,7 @@ func pidFile(path string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	word, _, _ := strings.Cut(strings.TrimSpace(string(raw)), " ")
-	word, _, _ = strings.Cut(word, "\n")
+	word, _, _ := strings.Cut(strings.Join(strings.Fields(string(raw)), " "), " ")
 	return strconv.Atoi(word)
 }
 
@@ -111,9 +113,9 @@ type Process struct {
 	err   error         // set before ended is closed
 }
 
-// Start starts a program whose output goes to the file log.
+// Start starts a program whose output is appended to the file log.
 func Start(log, program string, args ...string) (*Process, error) {
-	f, err := os.Create(log)
+	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
@@ -129,6 +131,19 @@ func Start(log, program string, args ...string) (*Process, error) {
 		close(p.ended)
 	}()
 	return p, nil
+}
+
+// While returns a context that ends with the process.
+func (p *Process) While(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		select {
+		case <-p.ended:
+			cancel(fmt.Errorf("process %d ended: %v", p.Pid, p.err))
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
 }
 
 // Stop asks the process to end and returns when it has.

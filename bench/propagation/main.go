@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"flotilla/bench/harness"
-	"flotilla/internal/catalog"
 )
 
 const (
@@ -30,7 +29,18 @@ const (
 	confdNet, traefikNet = 95, 96
 	// bar is the 99th percentile at the largest size, in ms.
 	bar = 25
+	// limit is how long a sample may take; the first one of a peer that has just
+	// started takes longest.
+	limit = 10 * time.Minute
 )
+
+// options is what a run is told beside what all benchmarks are.
+type options struct {
+	samples        int
+	confd, traefik string // programs; empty: not measured
+	peerSamples    int
+	peerServices   int
+}
 
 func main() {
 	var o options
@@ -39,7 +49,6 @@ func main() {
 	flag.StringVar(&o.traefik, "traefik", "", "the real Traefik, to measure beside ours")
 	flag.IntVar(&o.peerSamples, "peer-samples", 100, "changes of each kind at each size, with a peer")
 	flag.IntVar(&o.peerServices, "peer-services", 1000, "the largest size at which peers are measured")
-	flag.DurationVar(&o.peerTime, "peer-time", 5*time.Minute, "when to end the samples of one kind at one size with a peer")
 	harness.Main("propagation", claim, func(ctx context.Context, b *harness.Bench) error {
 		if b.Quick {
 			o.samples, o.peerSamples = min(o.samples, 40), min(o.peerSamples, 10)
@@ -54,11 +63,10 @@ type system struct {
 	keys    keys
 	probes  []*harness.Client // one for each node
 	samples int               // changes of each kind at each size
-	most    int               // services; 0: any number
-	limit   time.Duration     // for the samples of one kind at one size; 0: none
+	most    int               // services with which a peer is measured
 	rest    time.Duration     // between two changes, at least
 	prepare func(ctx context.Context, revision int64) error
-	stop    func() error // what prepare started; nil: nothing
+	stop    func() error // a peer that prepare has started
 
 	size int // services that are written
 	turn int // of newEndpoint
@@ -66,36 +74,32 @@ type system struct {
 }
 
 // keys is how services are written for a system.
-type keys interface {
+type keys struct {
 	// service makes a service.
-	service(name string, endpoints ...string) []clientv3.Op
+	service func(name string, endpoints ...string) []clientv3.Op
 	// move makes address the only endpoint of a service that has turn-1 moves behind it.
-	move(name string, turn int, address string) []clientv3.Op
+	move func(name string, turn int, address string) []clientv3.Op
 	// remove removes a service.
-	remove(name string) []clientv3.Op
+	remove func(name string) []clientv3.Op
 }
 
 // catalogKeys are those of our catalog, below a prefix if they are for others.
-type catalogKeys struct{ prefix string }
-
-func (k catalogKeys) service(name string, endpoints ...string) []clientv3.Op {
-	ops := []clientv3.Op{clientv3.OpPut(k.prefix+catalog.Prefix+name+"/scheme", "http")}
-	for i, e := range endpoints {
-		ops = append(ops, clientv3.OpPut(k.prefix+harness.EndpointKey(name, fmt.Sprint(i+1)), e))
+func catalogKeys(prefix string) keys {
+	return keys{
+		service: func(name string, endpoints ...string) []clientv3.Op {
+			return harness.ServiceOps(prefix, name, endpoints...)
+		},
+		move: func(name string, turn int, address string) []clientv3.Op {
+			return []clientv3.Op{
+				clientv3.OpPut(prefix+harness.SchemeKey(name), "http"),
+				clientv3.OpPut(prefix+harness.EndpointKey(name, fmt.Sprint(turn)), address),
+				clientv3.OpDelete(prefix + harness.EndpointKey(name, fmt.Sprint(turn-1))),
+			}
+		},
+		remove: func(name string) []clientv3.Op {
+			return []clientv3.Op{clientv3.OpDelete(prefix+harness.ServiceKeys(name), clientv3.WithPrefix())}
+		},
 	}
-	return ops
-}
-
-func (k catalogKeys) move(name string, turn int, address string) []clientv3.Op {
-	return []clientv3.Op{
-		clientv3.OpPut(k.prefix+catalog.Prefix+name+"/scheme", "http"),
-		clientv3.OpPut(k.prefix+harness.EndpointKey(name, fmt.Sprint(turn)), address),
-		clientv3.OpDelete(k.prefix + harness.EndpointKey(name, fmt.Sprint(turn-1))),
-	}
-}
-
-func (k catalogKeys) remove(name string) []clientv3.Op {
-	return []clientv3.Op{clientv3.OpDelete(k.prefix+catalog.Prefix+name+"/", clientv3.WithPrefix())}
 }
 
 // bench is the running cluster and what its services lead to.
@@ -119,7 +123,7 @@ func run(ctx context.Context, hb *harness.Bench, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	ours := &system{name: "flotilla", keys: catalogKeys{}, samples: o.samples, prepare: b.cluster.Settle}
+	ours := &system{name: "flotilla", keys: catalogKeys(""), samples: o.samples, prepare: b.cluster.Settle}
 	for i, n := range b.cluster.Nodes {
 		ours.probes = append(ours.probes, &harness.Client{Address: n.Address, KeepAlive: true})
 		e, err := harness.Serve(harness.EndpointAddress(probeNet, i), fmt.Sprint(i))
@@ -137,8 +141,18 @@ func run(ctx context.Context, hb *harness.Bench, o options) (err error) {
 		b.Printf("         measured, our nodes stay and are idle then; %s more between changes\n", peerRest)
 	}
 	for _, n := range b.Sizes() {
-		if err := b.measureAll(ctx, n, ours, others); err != nil {
+		b.Printf("\n%d services of 3 endpoints\n", n)
+		ms, err := b.measureOurs(ctx, n, ours)
+		if err != nil {
 			return err
+		}
+		for _, s := range others {
+			if err := b.measurePeer(ctx, n, s, ms); ctx.Err() != nil {
+				return err
+			} else if err != nil {
+				b.Printf("%-8s FAILED at %d services: %v\n", s.name, n, err)
+				b.failed = errors.Join(b.failed, fmt.Errorf("%s at %d services: %w", s.name, n, err))
+			}
 		}
 	}
 	b.Printf("\n")
@@ -148,49 +162,33 @@ func run(ctx context.Context, hb *harness.Bench, o options) (err error) {
 	return b.failed
 }
 
-// measureAll measures our nodes and then each peer with n services.
-func (b *bench) measureAll(ctx context.Context, n int, ours *system, others []*system) error {
-	b.Printf("\n%d services of 3 endpoints\n", n)
+// measureOurs measures our nodes with n services.
+func (b *bench) measureOurs(ctx context.Context, n int, ours *system) (ms [][]float64, err error) {
 	if err := b.fill(ctx, ours, n); err != nil {
-		return err
+		return nil, err
 	}
-	before, err := b.cluster.Reloads(ctx)
+	span, err := b.cluster.During(ctx, func() (err error) {
+		ms, err = b.measure(ctx, ours)
+		return err
+	})
 	if err != nil {
-		return err
-	}
-	ms, err := b.measure(ctx, ours)
-	if err != nil {
-		return err
-	}
-	after, err := b.cluster.Reloads(ctx)
-	if err != nil {
-		return err
-	}
-	if n == b.Sizes()[len(b.Sizes())-1] {
-		for i, kind := range kinds {
-			p99 := harness.Percentile(ms[i], 99)
-			b.verdicts = append(b.verdicts, func() { b.AtMost(fmt.Sprintf("p99 of a new %s at %d services", kind.name, n), p99, bar, " ms") })
-		}
+		return nil, err
 	}
 	b.verdicts = append(b.verdicts, func() {
-		b.AtMost(fmt.Sprintf("HAProxy reloads during the samples at %d services", n), float64(after-before), 0, "")
-	})
-	for _, peer := range others {
-		if err := b.measurePeer(ctx, n, peer, ms); err != nil {
-			if ctx.Err() != nil {
-				return err
+		if sizes := b.Sizes(); n == sizes[len(sizes)-1] {
+			for i, kind := range kinds {
+				b.AtMost(fmt.Sprintf("p99 of a new %s at %d services", kind.name, n), harness.Percentile(ms[i], 99), bar, " ms")
 			}
-			b.Printf("%-8s FAILED at %d services: %v\n", peer.name, n, err)
-			b.failed = errors.Join(b.failed, fmt.Errorf("%s at %d services: %w", peer.name, n, err))
 		}
-	}
-	return nil
+		b.AtMost(fmt.Sprintf("HAProxy reloads during the samples at %d services", n), float64(span.Reloads), 0, "")
+	})
+	return ms, nil
 }
 
 // measurePeer measures a peer with n services and compares it with our samples
 // of each kind.
 func (b *bench) measurePeer(ctx context.Context, n int, s *system, ours [][]float64) (err error) {
-	if s.most > 0 && n > s.most {
+	if n > s.most {
 		b.Printf("%-8s not measured: more than -peer-services %d\n", s.name, s.most)
 		return nil
 	}
@@ -229,51 +227,27 @@ var kinds = []struct {
 	sample func(b *bench, ctx context.Context, s *system) (float64, error)
 }{{"endpoint", (*bench).newEndpoint}, {"service", (*bench).newService}}
 
-// measure takes and prints the samples of each kind.
+// measure takes and prints the samples of each kind, one after the other, at moments
+// that keep no step with any clock of the nodes.
 func (b *bench) measure(ctx context.Context, s *system) ([][]float64, error) {
 	var all [][]float64
 	for _, kind := range kinds {
 		b.Logf("%s: new %ss", s.name, kind.name)
-		ms, err := b.collect(ctx, s, func(ctx context.Context) (float64, error) { return kind.sample(b, ctx, s) })
-		if err != nil {
-			return nil, fmt.Errorf("new %s: %w", kind.name, err)
+		var ms []float64
+		for i := range s.samples + 1 {
+			limited, cancel := context.WithTimeout(ctx, limit)
+			sample, err := kind.sample(b, limited, s)
+			cancel()
+			if err == nil {
+				err = b.pause(ctx, s)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("new %s, sample %d: %w", kind.name, i, err)
+			}
+			ms = append(ms, sample)
 		}
-		b.Printf("%-8s %-8s n %d  p50 %.2f  p90 %.2f  p99 %.2f  max %.2f ms\n", s.name, kind.name, len(ms),
-			harness.Median(ms), harness.Percentile(ms, 90), harness.Percentile(ms, 99), harness.Percentile(ms, 100))
-		if len(ms) < s.samples {
-			b.Printf("         %d samples instead of %d: they took longer than -peer-time %s\n", len(ms), s.samples, s.limit)
-		}
-		b.Printf("         raw %s\n", harness.Join(ms, "%.1f"))
-		all = append(all, ms)
-	}
-	return all, nil
-}
-
-// How long a sample may take: the first one of a system that has just started,
-// and any other.
-const firstLimit, limit = 10 * time.Minute, 2 * time.Minute
-
-// collect takes samples one after the other, at moments that keep no step with
-// any clock of the nodes.
-func (b *bench) collect(ctx context.Context, s *system, sample func(context.Context) (float64, error)) ([]float64, error) {
-	timed := func(i int, limit time.Duration) (float64, error) {
-		ctx, cancel := context.WithTimeout(ctx, limit)
-		defer cancel()
-		ms, err := sample(ctx)
-		if err != nil {
-			return 0, fmt.Errorf("sample %d: %w", i, err)
-		}
-		return ms, b.pause(ctx, s)
-	}
-	if _, err := timed(0, firstLimit); err != nil { // it opens connections
-		return nil, err
-	}
-	var all []float64
-	for began := time.Now(); len(all) < s.samples && (s.limit == 0 || time.Since(began) < s.limit); {
-		ms, err := timed(len(all)+1, limit)
-		if err != nil {
-			return nil, err
-		}
+		ms = ms[1:] // the first one opened connections
+		b.Printf("%-8s %-8s %s\n         raw %s\n", s.name, kind.name, harness.Spread(ms), harness.Join(ms, "%.1f"))
 		all = append(all, ms)
 	}
 	return all, nil

@@ -28,9 +28,7 @@ const (
 	auditRound = 40 * time.Second
 )
 
-func main() {
-	harness.Main("size", claim, run)
-}
+func main() { harness.Main("size", claim, run) }
 
 func run(ctx context.Context, b *harness.Bench) (err error) {
 	origin := make([]*harness.Endpoint, 3)
@@ -45,7 +43,7 @@ func run(ctx context.Context, b *harness.Bench) (err error) {
 	b.Printf("memory   resident, MiB: after the load (at rest), after the changes, and the most there ever was\n")
 	b.Printf("start    ms from exec until the router runs the whole catalog; then every service is asked once\n")
 	for i, n := range b.Sizes() {
-		s := &sized{Bench: b, services: n, net: nodeNet, origin: origin, last: i == len(b.Sizes())-1}
+		s := &sized{Bench: b, services: n, origin: origin, last: i == len(b.Sizes())-1}
 		b.Logf("%d services", n)
 		b.Printf("\n%d services\n", n)
 		if err := s.run(ctx); err != nil {
@@ -59,7 +57,6 @@ func run(ctx context.Context, b *harness.Bench) (err error) {
 type sized struct {
 	*harness.Bench
 	services int
-	net      int
 	origin   []*harness.Endpoint
 	last     bool // the size that the bar is for
 	cluster  *harness.Cluster
@@ -69,10 +66,8 @@ type sized struct {
 func (s *sized) endpoint(service, n int) string { return s.origin[(service+n)%3].Address }
 
 func (s *sized) run(ctx context.Context) (err error) {
-	s.cluster, err = s.StartCluster(ctx, s.net, 1)
-	defer func() {
-		err = errors.Join(err, s.cluster.Stop(), os.RemoveAll(filepath.Join(s.Dir, "n1")))
-	}()
+	s.cluster, err = s.StartCluster(ctx, nodeNet, 1)
+	defer func() { err = errors.Join(err, s.cluster.Stop()) }()
 	if err != nil {
 		return err
 	}
@@ -100,67 +95,29 @@ func (s *sized) changes(ctx context.Context) error {
 	if s.Quick {
 		length = 5 * time.Second
 	}
-	rest, err := s.cluster.Nodes[0].Costs()
-	if err != nil {
-		return err
-	}
-	if err := harness.Pause(ctx, length); err != nil {
-		return err
-	}
-	before, err := s.cluster.Nodes[0].Costs()
-	if err != nil {
-		return err
-	}
-	reloads, err := s.cluster.Reloads(ctx)
+	rest, err := s.cluster.During(ctx, func() error { return harness.Pause(ctx, length) })
 	if err != nil {
 		return err
 	}
 	done := 0
-	tick := time.NewTicker(time.Second / rate)
-	defer tick.Stop()
-	for began := time.Now(); time.Since(began) < length; done++ {
-		name := harness.ServiceName(rand.IntN(s.services))
-		// A port that it did not have, so that the value does change.
-		port := 10000 + done%50000
-		_, err := s.cluster.Store.Put(ctx, harness.EndpointKey(name, "3"), fmt.Sprintf("127.%d.1.1:%d", endpointNet, port))
-		if err != nil {
+	busy, err := s.cluster.During(ctx, func() error {
+		return harness.Every(ctx, time.Second/rate, length, func() error {
+			done++
+			// A port that it did not have, so that the value does change.
+			key := harness.EndpointKey(harness.ServiceName(rand.IntN(s.services)), "3")
+			_, err := s.cluster.Store.Put(ctx, key, fmt.Sprintf("127.%d.1.1:%d", endpointNet, 10000+done%50000))
 			return err
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	after, err := s.cluster.Nodes[0].Costs()
+		})
+	})
 	if err != nil {
 		return err
 	}
-	more, err := s.cluster.Reloads(ctx)
-	if err != nil {
-		return err
-	}
-	per := func(of func(harness.Costs) harness.Usage) (idle, change float64) {
-		quiet := of(before).CPU - of(rest).CPU
-		busy := of(after).CPU - of(before).CPU
-		return quiet.Seconds() / length.Seconds() * 100, (busy - quiet).Seconds() * 1000 / float64(done)
-	}
-	for _, p := range []struct {
-		name string
-		of   func(harness.Costs) harness.Usage
-	}{
-		{"node", func(c harness.Costs) harness.Usage { return c.Node }},
-		{"haproxy", func(c harness.Costs) harness.Usage { return c.HAProxy }},
-		{"store", func(c harness.Costs) harness.Usage { return c.Store }},
-	} {
-		idle, change := per(p.of)
-		s.Printf("%-8s %6.2f ms of CPU per change (n %d)  at rest %.2f %% of a core  memory %.0f at rest, %.0f after changes, %.0f at most\n",
-			p.name, change, done, idle, p.of(before).RSS, p.of(after).RSS, p.of(after).Peak)
-	}
+	s.Changed(rest, busy, done)
 	if s.last {
-		s.AtMost(fmt.Sprintf("memory of the node process at %d services, at rest or after changes", s.services), max(before.Node.RSS, after.Node.RSS), bar, " MiB")
+		s.AtMost(fmt.Sprintf("memory of the node process at %d services, at rest or after changes", s.services),
+			max(busy.Before[harness.NodePart].RSS, busy.After[harness.NodePart].RSS), bar, " MiB")
 	}
-	s.AtMost(fmt.Sprintf("HAProxy reloads during the changes at %d services", s.services), float64(more-reloads), 0, "")
+	s.AtMost(fmt.Sprintf("HAProxy reloads during the changes at %d services", s.services), float64(busy.Reloads), 0, "")
 	// What was changed points nowhere; put it right for the starts.
 	s.revision, err = s.cluster.PutServices(ctx, 0, s.services, s.endpoint)
 	return err
@@ -173,54 +130,47 @@ func (s *sized) starts(ctx context.Context) error {
 	if s.Quick {
 		rounds = 1
 	}
-	var cold, warm started
+	kinds := [2]string{"cold", "warm"}
+	var ms, memory [2][]float64
 	for range rounds {
-		for _, all := range []*started{&cold, &warm} {
-			one, err := s.start(ctx)
+		for kind := range kinds {
+			took, rss, err := s.start(ctx)
 			if err != nil {
 				return err
 			}
-			all.ms = append(all.ms, one.ms...)
-			all.memory = append(all.memory, one.memory...)
+			ms[kind], memory[kind] = append(ms[kind], took.Seconds()*1000), append(memory[kind], rss)
 		}
 		if err := os.RemoveAll(filepath.Join(s.Dir, "n2")); err != nil {
 			return err
 		}
 	}
-	for _, kind := range []struct {
-		name string
-		all  started
-	}{{"cold", cold}, {"warm", warm}} {
-		name, all := kind.name, kind.all
-		s.Printf("start    %s median %.0f ms  raw %s  node process %s MiB just then\n", name, harness.Median(all.ms), harness.Join(all.ms, "%.0f"), harness.Join(all.memory, "%.0f"))
+	for kind, name := range kinds {
+		s.Printf("start    %s median %.0f ms  raw %s  node process %s MiB just then\n", name,
+			harness.Median(ms[kind]), harness.Join(ms[kind], "%.0f"), harness.Join(memory[kind], "%.0f"))
 	}
 	return nil
 }
 
-// started is how starts went.
-type started struct {
-	ms     []float64 // until everything was routed
-	memory []float64 // MiB of the node process then
-}
-
-// start starts the second node and stops it after it routes everything.
-func (s *sized) start(ctx context.Context) (one started, err error) {
-	n, err := s.StartNode("n2", fmt.Sprintf("127.%d.0.2", s.net), "--etcd-endpoints", s.cluster.Endpoint())
+// start starts the second node and stops it after it routes everything. It returns
+// how long that took and the MiB that the node process had then.
+func (s *sized) start(ctx context.Context) (took time.Duration, rss float64, err error) {
+	n, err := s.StartNode("n2", fmt.Sprintf("127.%d.0.2", nodeNet), "--etcd-endpoints", s.cluster.Endpoint())
 	defer func() { err = errors.Join(err, n.Stop()) }()
-	if err != nil {
-		return one, err
+	if err == nil {
+		err = n.Applied(ctx, s.revision)
 	}
-	if err := n.Applied(ctx, s.revision); err != nil {
-		return one, err
-	}
-	took := time.Since(n.Started)
+	took = time.Since(n.Started)
 	client := &harness.Client{Address: n.Address, KeepAlive: true}
 	defer client.Close()
-	for i := range s.services {
-		if status, body, err := client.Do(http.MethodGet, harness.ServiceName(i)); err != nil || status != http.StatusOK {
-			return one, fmt.Errorf("service %d is not routed when the node says that all are: %d %.60q %w", i, status, body, err)
+	for i := 0; i < s.services && err == nil; i++ {
+		status, body, failed := client.Do(http.MethodGet, harness.ServiceName(i))
+		if failed != nil || status != http.StatusOK {
+			err = fmt.Errorf("service %d is not routed when the node says that all are: %d %.60q %v", i, status, body, failed)
 		}
 	}
+	if err != nil {
+		return 0, 0, err
+	}
 	costs, err := n.Costs()
-	return started{[]float64{took.Seconds() * 1000}, []float64{costs.Node.RSS}}, err
+	return took, costs[harness.NodePart].RSS, err
 }

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,25 +31,21 @@ func (p *programs) find() error {
 	if *p == (programs{}) {
 		return nil
 	}
-	for name, path := range map[string]*string{"fleetd": &p.daemon, "fleetctl": &p.client, "etcd": &p.etcd} {
-		found, err := exec.LookPath(*path)
-		if err == nil {
-			found, err = filepath.Abs(found)
+	for _, path := range []*string{&p.daemon, &p.client, &p.etcd} {
+		var err error
+		if *path, err = harness.Program(*path, "test/fleet.sh for fleetd and fleetctl, and give -fleetd, -fleetctl and -etcd"); err != nil {
+			return err
 		}
-		if err != nil {
-			return fmt.Errorf("fleet needs -fleetd, -fleetctl and -etcd: %s: %w", name, err)
-		}
-		*path = found
 	}
 	return nil
 }
 
 func (p *programs) describe(ctx context.Context, b *harness.Bench) error {
-	client, err := output(exec.CommandContext(ctx, p.client, "version"))
+	client, err := harness.Output(exec.CommandContext(ctx, p.client, "version"))
 	if err != nil {
 		return err
 	}
-	etcd, err := output(exec.CommandContext(ctx, p.etcd, "--version"))
+	etcd, err := harness.Output(exec.CommandContext(ctx, p.etcd, "--version"))
 	if err != nil {
 		return err
 	}
@@ -67,74 +61,69 @@ func (p *programs) describe(ctx context.Context, b *harness.Bench) error {
 // fleet is the real fleetd on every node of a cluster, with an etcd on the host.
 type fleet struct {
 	programs
-	cluster *cluster
+	ours    *system
 	host    string // address of the host in the nodes' network
 	process *harness.Process
 }
+
+func (f *fleet) nodes() []harness.Machine { return f.ours.machines.Nodes }
 
 func (f *fleet) command(ctx context.Context, args ...string) *exec.Cmd {
 	if args[0] == "start" && len(args)-1 > fleetBlocks {
 		args = append([]string{"start", "--no-block"}, args[1:]...)
 	}
-	endpoint := "http://" + f.cluster.nodes[0].Address + ":" + fleetPort
-	cmd := exec.CommandContext(ctx, f.client, append([]string{"--endpoint", endpoint}, args...)...)
-	cmd.Dir = f.cluster.bench.Dir
+	cmd := exec.CommandContext(ctx, f.client, append([]string{"--endpoint", "http://" + f.nodes()[0].Address + ":" + fleetPort}, args...)...)
+	cmd.Dir = f.ours.Dir
 	return cmd
 }
 
-// store leaves out raft's proposals: with keys that expire there are two every
-// second to let them.
-func (f *fleet) store() (string, []metric) {
-	return "http://" + f.host + ":2379/metrics", []metric{
-		{"etcd_debugging_store_writes_total", "writes"},
-		{"etcd_debugging_store_reads_total", "reads"},
+func (f *fleet) used() (daemons, stores []time.Duration, err error) {
+	if daemons, err = used(f.nodes(), fleetBinary); err != nil {
+		return nil, nil, err
 	}
-}
-
-func (f *fleet) processes() (daemons, stores []int, err error) {
-	for _, n := range f.cluster.nodes {
-		pid, err := processOf(n, fleetBinary)
-		if err != nil {
-			return nil, nil, err
-		}
-		daemons = append(daemons, pid)
-	}
-	return daemons, []int{f.process.Pid}, nil
+	u, err := harness.ProcessUsage(f.process.Pid, false)
+	return daemons, []time.Duration{u.CPU}, err
 }
 
 // up starts fleet in place of our nodes. Take it down also when it was not
 // started whole.
-func (f *fleet) up(ctx context.Context) error {
-	if err := f.cluster.joined(ctx); err != nil {
-		return err
+func (f *fleet) up(ctx context.Context) (*system, error) {
+	if err := f.oursBack(ctx); err != nil {
+		return nil, err
 	}
-	first, err := netip.ParseAddr(f.cluster.nodes[0].Address)
-	if err != nil {
-		return err
-	}
-	host := first.As4()
-	host[3] = 1
-	f.host = netip.AddrFrom4(host).String()
+	f.host = f.nodes()[0].Address
+	f.host = f.host[:strings.LastIndexByte(f.host, '.')] + ".1"
 	client, peer := "http://"+f.host+":2379", "http://"+f.host+":2380"
-	dir := f.cluster.bench.Dir
-	f.process, err = harness.Start(filepath.Join(dir, "etcd.log"), f.etcd, "--enable-v2", "--data-dir", filepath.Join(dir, "etcd"+f.cluster.name),
+	var err error
+	f.process, err = harness.Start(filepath.Join(f.ours.Dir, "etcd.log"), f.etcd,
+		"--enable-v2", "--data-dir", filepath.Join(f.ours.Dir, "etcd"+f.ours.machines.Name),
 		"--listen-client-urls", client, "--advertise-client-urls", client,
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return f.start(ctx)
+	return &system{
+		Bench: f.ours.Bench, name: "fleet", machines: f.ours.machines, pass: fleetPass, sweep: f.sweep,
+		command: f.command, used: f.used, metricsURL: client + "/metrics",
+		// Not raft's proposals: with keys that expire there are two every second to let them.
+		metrics: []metric{{"etcd_debugging_store_writes_total", "writes"}, {"etcd_debugging_store_reads_total", "reads"}},
+	}, f.start(ctx)
+}
+
+// oursBack waits until our own nodes are there.
+func (f *fleet) oursBack(ctx context.Context) error {
+	return harness.Listed(ctx, len(f.nodes()), f.ours.machines.Command)
 }
 
 // start starts the daemons and waits until they know each other.
 func (f *fleet) start(ctx context.Context) error {
-	for _, n := range f.cluster.nodes {
+	for _, n := range f.nodes() {
 		if err := f.copyTo(ctx, n); err != nil {
 			return err
 		}
 	}
-	_, err := f.cluster.everywhere(ctx, func(i int) string {
-		address := f.cluster.nodes[i].Address
+	err := f.ours.machines.Everywhere(ctx, func(i int) string {
+		address := f.nodes()[i].Address
 		return `systemctl stop flotilla-node
 cat >/run/systemd/system/fleetd.socket <<END
 [Socket]
@@ -152,38 +141,26 @@ systemctl daemon-reload && systemctl start fleetd.service`
 	if err != nil {
 		return err
 	}
-	for began := time.Now(); ; {
-		list, err := output(f.command(ctx, "list-machines", "--no-legend"))
-		if err == nil && countLines(list) == len(f.cluster.nodes) {
-			return nil
-		}
-		if time.Since(began) > upLimit {
-			return errors.Join(errors.New("not all nodes run fleet"), err)
-		}
-		if err := harness.Pause(ctx, 200*time.Millisecond); err != nil {
-			return err
-		}
-	}
+	return harness.Listed(ctx, len(f.nodes()), f.command)
 }
 
 // copyTo brings the daemon to a node that lacks it.
-func (f *fleet) copyTo(ctx context.Context, n node) (err error) {
+func (f *fleet) copyTo(ctx context.Context, n harness.Machine) (err error) {
 	from, err := os.Open(f.daemon)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, from.Close()) }()
-	cmd := exec.CommandContext(ctx, f.cluster.bench.Binary, "cluster", "shell", "--cluster", f.cluster.name, n.Name,
-		fmt.Sprintf("mkdir -p %s; test -x %s || { cat >%[2]s && chmod +x %[2]s; }", filepath.Dir(fleetBinary), fleetBinary))
+	cmd := f.ours.machines.Shell(ctx, n, fmt.Sprintf("mkdir -p %s; test -x %s || { cat >%[2]s && chmod +x %[2]s; }", filepath.Dir(fleetBinary), fleetBinary))
 	cmd.Stdin = from
-	_, err = output(cmd)
+	_, err = harness.Output(cmd)
 	return err
 }
 
 // quit ends the daemons at once, as when asked they would end unit after unit,
 // then the units, and removes what they have left on the nodes.
 func (f *fleet) quit(ctx context.Context, then string) error {
-	_, err := f.cluster.everywhere(ctx, func(int) string {
+	return f.ours.machines.Everywhere(ctx, func(int) string {
 		return `systemctl kill -s KILL fleetd.service 2>/dev/null
 systemctl stop fleetd.socket fleetd.service 2>/dev/null
 systemctl stop 'bench@*.service'
@@ -192,7 +169,6 @@ systemctl daemon-reload
 systemctl reset-failed
 ` + then
 	})
-	return err
 }
 
 // sweep ends all units by hand and begins anew with nothing in the store.
@@ -200,19 +176,8 @@ func (f *fleet) sweep(ctx context.Context) error {
 	if err := f.quit(ctx, ""); err != nil {
 		return err
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodDelete, "http://"+f.host+":2379/v2/keys/"+fleetStorage+"?recursive=true", nil)
-	if err != nil {
-		return err
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return err
-	}
-	if err := response.Body.Close(); err != nil {
-		return err
-	}
-	if response.StatusCode != http.StatusOK {
-		return fmt.Errorf("empty the store of fleet: %s", response.Status)
+	if err := harness.Delete(ctx, "http://"+f.host+":2379/v2/keys/"+fleetStorage+"?recursive=true"); err != nil {
+		return fmt.Errorf("empty the store of fleet: %w", err)
 	}
 	return f.start(ctx)
 }
@@ -227,5 +192,5 @@ func (f *fleet) down() error {
 	if err != nil {
 		return err
 	}
-	return f.cluster.joined(ctx)
+	return f.oursBack(ctx)
 }

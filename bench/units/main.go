@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"flotilla/bench/harness"
@@ -78,16 +79,16 @@ func run(ctx context.Context, b *harness.Bench, o options, sizes []int) error {
 		}
 	}
 	if o.on != "" {
-		return onCluster(ctx, b, o, &cluster{bench: b, name: o.on})
+		return onCluster(ctx, b, o, &harness.Machines{Binary: b.Binary, Name: o.on})
 	}
 	for _, n := range sizes {
-		c := &cluster{bench: b, name: fmt.Sprintf("b%dx%d", os.Getpid()%10000, n)}
-		b.Logf("cluster %s of %d", c.name, n)
-		err := c.up(ctx, n)
+		m := &harness.Machines{Binary: b.Binary, Name: fmt.Sprintf("b%dx%d", os.Getpid()%10000, n)}
+		b.Logf("cluster %s of %d", m.Name, n)
+		err := m.Up(ctx, n)
 		if err == nil {
-			err = onCluster(ctx, b, o, c)
+			err = onCluster(ctx, b, o, m)
 		}
-		if err = errors.Join(err, c.down()); err != nil {
+		if err = errors.Join(err, m.Down()); err != nil {
 			return fmt.Errorf("%d nodes: %w", n, err)
 		}
 	}
@@ -95,31 +96,30 @@ func run(ctx context.Context, b *harness.Bench, o options, sizes []int) error {
 }
 
 // onCluster measures everything on one cluster.
-func onCluster(ctx context.Context, b *harness.Bench, o options, c *cluster) error {
-	if err := c.refresh(ctx); err != nil {
+func onCluster(ctx context.Context, b *harness.Bench, o options, m *harness.Machines) error {
+	if err := m.Refresh(ctx); err != nil {
 		return err
 	}
-	template := filepath.Join(b.Dir, templateName)
-	if err := os.WriteFile(template, []byte(c.unitText()), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(b.Dir, templateName), []byte(unitText()), 0o644); err != nil {
 		return err
 	}
-	ours := &system{daemons: flotilla{c}, name: "flotilla", cluster: c}
+	ours := flotilla(b, m)
 	if err := ours.clear(ctx); err != nil {
 		return err
 	}
-	b.Printf("\n%d node(s)\n", len(c.nodes))
-	if err := measure(ctx, b, o, ours); err != nil {
+	b.Printf("\n%d node(s)\n", len(m.Nodes))
+	floors, err := measure(ctx, o, ours, nil)
+	if err != nil {
 		return err
 	}
 	if err := ours.clear(ctx); err != nil || !o.fleet.given() {
 		return err
 	}
-	f := &fleet{cluster: c, programs: o.fleet}
-	theirs := &system{daemons: f, name: "fleet", cluster: c, pass: fleetPass, sweep: f.sweep}
-	b.Printf("\nfleet on %d node(s)\n", len(c.nodes))
-	err := f.up(ctx)
+	b.Printf("\nfleet on %d node(s)\n", len(m.Nodes))
+	f := &fleet{programs: o.fleet, ours: ours}
+	theirs, err := f.up(ctx)
 	if err == nil {
-		err = measure(ctx, b, o, theirs)
+		_, err = measure(ctx, o, theirs, floors)
 	}
 	if err = errors.Join(err, f.down()); err != nil {
 		return fmt.Errorf("fleet: %w", err)
@@ -128,71 +128,96 @@ func onCluster(ctx context.Context, b *harness.Bench, o options, c *cluster) err
 	return nil
 }
 
-// measure measures one system; ours comes first, with systemd alone beside it.
-func measure(ctx context.Context, b *harness.Bench, o options, s *system) error {
-	c := s.cluster
-	b.Printf("%-10s units  round   first      up  returned    gone\n", "")
-	var one, few []float64
-	for i := range 2*o.rounds + 1 {
-		t, err := s.trial(ctx, 1)
-		if err != nil {
-			return err
-		}
-		c.row(s.name, 1, i, t)
-		one = append(one, t.up)
-	}
-	for i := range o.rounds {
-		t, err := s.trial(ctx, o.many/5)
-		if err != nil {
-			return err
-		}
-		c.row(s.name, o.many/5, i, t)
-		few = append(few, t.up)
-	}
-	beside := len(c.floors) == 0
-	var ups, gone, writes []float64
+// measure measures one system. Without floors it measures beside it how long systemd
+// alone needs for the most units, in each round, and returns that.
+func measure(ctx context.Context, o options, s *system, floors []float64) ([]float64, error) {
+	s.Printf("%-10s units  round   first      up  returned    gone\n", "")
+	beside := floors == nil
+	var ups [3][]float64
+	var gone, writes []float64
 	left := 0
-	for i := range o.rounds {
-		if beside {
-			floor, err := c.floor(ctx, o.many)
-			if err != nil {
-				return err
+	for size, n := range []int{1, o.many / 5, o.many} {
+		rounds := o.rounds
+		if n == 1 {
+			rounds = 2*o.rounds + 1
+		}
+		for i := range rounds {
+			if n == o.many && beside {
+				t, err := floor(ctx, s, n)
+				if err != nil {
+					return nil, err
+				}
+				s.row("systemd", n, i, t)
+				floors = append(floors, t.start.all)
 			}
-			c.row("systemd", o.many, i, floor)
-			c.floors = append(c.floors, floor.up)
+			t, err := s.trial(ctx, n)
+			if err != nil {
+				return nil, err
+			}
+			s.row(s.name, n, i, t)
+			ups[size] = append(ups[size], t.start.all)
+			if n == o.many {
+				s.Printf("           store: %s; returned after %.2f of systemd's time, up after %.2f\n",
+					s.words(t.before, t.after), t.start.returned/floors[i], t.start.all/floors[i])
+				gone, writes, left = append(gone, t.gone), append(writes, t.after[0]-t.before[0]), left+t.left
+			}
 		}
-		t, err := s.trial(ctx, o.many)
-		if err != nil {
-			return err
-		}
-		c.row(s.name, o.many, i, t)
-		b.Printf("           store: %s; returned after %.2f of systemd's time, up after %.2f\n",
-			s.words(t.writes), t.returned/c.floors[i], t.up/c.floors[i])
-		ups, gone, writes, left = append(ups, t.up), append(gone, t.gone), append(writes, t.writes.writes()), left+t.left
 	}
-	up := harness.Median(ups)
-	s.figure(figure{what: "1 unit up, median", value: harness.Median(one), unit: " s"}, barOne)
-	s.figure(figure{what: fmt.Sprintf("%d units up, median", o.many/5), value: harness.Median(few), unit: " s"}, noBar)
+	up := harness.Median(ups[2])
+	s.figure(figure{what: "1 unit up, median", value: harness.Median(ups[0]), unit: " s"}, barOne)
+	s.figure(figure{what: fmt.Sprintf("%d units up, median", o.many/5), value: harness.Median(ups[1]), unit: " s"}, noBar)
 	s.figure(figure{what: fmt.Sprintf("%d units up, median", o.many), value: up, unit: " s"}, noBar)
-	s.figure(figure{what: fmt.Sprintf("%d units up, median, in times of systemd alone", o.many), value: up / harness.Median(c.floors)}, barFloor)
+	s.figure(figure{what: fmt.Sprintf("%d units up, median, in times of systemd alone", o.many), value: up / harness.Median(floors)}, barFloor)
 	s.figure(figure{what: fmt.Sprintf("%d units destroyed and gone, median", o.many), value: harness.Median(gone), unit: " s", least: left > 0}, barGone)
 	s.figure(figure{what: fmt.Sprintf("store writes for %d starts, median", o.many), value: harness.Median(writes)}, barWrites)
-	if err := atRest(ctx, b, o, s); err != nil {
-		return err
+	if err := atRest(ctx, o, s); err != nil {
+		return nil, err
 	}
-	if len(c.nodes) > 1 {
-		return failover(ctx, b, o, s)
+	if len(s.machines.Nodes) > 1 {
+		return floors, failover(ctx, o, s)
 	}
-	return nil
+	return floors, nil
 }
 
 // row prints one trial.
-func (c *cluster) row(who string, units, round int, t trial) {
-	c.bench.Printf("%-10s %5d  %5d  %6.3f  %6.3f    %6.3f  %6.3f", who, units, round+1, t.first, t.up, t.returned, t.gone)
+func (s *system) row(who string, units, round int, t trial) {
+	s.Printf("%-10s %5d  %5d  %6.3f  %6.3f    %6.3f  %6.3f", who, units, round+1, t.start.first, t.start.all, t.start.returned, t.gone)
 	if t.left > 0 {
-		c.bench.Printf(" and %d still there", t.left)
+		s.Printf(" and %d still there", t.left)
 	}
-	c.bench.Printf("\n")
+	s.Printf("\n")
+}
+
+// floor is what systemd alone needs for n units, on all nodes at once, a share each.
+func floor(ctx context.Context, s *system, n int) (t trial, err error) {
+	everywhere := func(ctx context.Context, script string) error {
+		return s.machines.Everywhere(ctx, func(i int) string {
+			return fmt.Sprintf("n=%d\n%s", (n+len(s.machines.Nodes)-1-i)/len(s.machines.Nodes), script)
+		})
+	}
+	err = everywhere(ctx, "systemctl stop flotilla-node; rm -rf /run/floor; mkdir /run/floor; cd /run/floor\n"+
+		"for i in $(seq $n); do cat >floor$i.service <<'END'\n"+unitText()+"END\ndone")
+	if err != nil {
+		return t, err
+	}
+	defer func() {
+		again := context.WithoutCancel(ctx)
+		err = errors.Join(err, everywhere(again, "rm -rf /run/floor; systemctl start flotilla-node"))
+		if err == nil {
+			err = harness.Listed(again, len(s.machines.Nodes), s.machines.Command)
+		}
+	}()
+	t.start, err = timed(ctx, n, upLimit, func() error {
+		return everywhere(ctx, "cd /run/floor; systemctl link --runtime $PWD/*.service 2>/dev/null; systemctl daemon-reload; systemctl start --no-block $(ls)")
+	})
+	if err = errors.Join(err, t.start.failed); err != nil {
+		return t, err
+	}
+	end, err := timed(ctx, 0, upLimit, func() error {
+		return everywhere(ctx, "cd /run/floor; systemctl stop $(ls); systemctl disable --runtime $(ls) 2>/dev/null; systemctl daemon-reload")
+	})
+	t.gone = end.all
+	return t, errors.Join(err, end.failed)
 }
 
 // compare prints what both were measured for.
@@ -211,28 +236,33 @@ func compare(b *harness.Bench, theirs, ours *system) {
 }
 
 // atRest starts the most units and watches; they stay.
-func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
+func atRest(ctx context.Context, o options, s *system) error {
 	if _, err := s.start(ctx, o.many); err != nil {
 		return err
 	}
-	b.Logf("at rest for %s", o.idle)
-	before, err := s.reading(ctx)
+	s.Logf("at rest for %s", o.idle)
+	read := func() (counts []float64, daemons, stores []time.Duration, err error) {
+		if counts, err = s.counted(ctx); err == nil {
+			daemons, stores, err = s.used()
+		}
+		return counts, daemons, stores, err
+	}
+	counts, daemons, stores, err := read()
 	if err != nil {
 		return err
 	}
 	if err := harness.Pause(ctx, o.idle); err != nil {
 		return err
 	}
-	after, err := s.reading(ctx)
+	countsAfter, daemonsAfter, storesAfter, err := read()
 	if err != nil {
 		return err
 	}
-	writes := after.counts.minus(before.counts)
-	daemons, stores := shares(before.daemons, after.daemons, o.idle), shares(before.stores, after.stores, o.idle)
-	b.Printf("at rest with %d units for %s: store %s\n", o.many, o.idle, s.words(writes))
-	b.Printf("           cores: daemons %s, store %s\n", harness.Join(daemons, "%.4f"), harness.Join(stores, "%.4f"))
-	s.figure(figure{what: "writes to the store per unit at rest", value: writes.writes() / float64(o.many)}, 0)
-	s.figure(figure{what: "CPU of the busiest node process at rest", value: slices.Max(daemons), unit: " cores"}, barIdle)
+	cores := shares(daemons, daemonsAfter, o.idle)
+	s.Printf("at rest with %d units for %s: store %s\n", o.many, o.idle, s.words(counts, countsAfter))
+	s.Printf("           cores: daemons %s, store %s\n", harness.Join(cores, "%.4f"), harness.Join(shares(stores, storesAfter, o.idle), "%.4f"))
+	s.figure(figure{what: "writes to the store per unit at rest", value: (countsAfter[0] - counts[0]) / float64(o.many)}, 0)
+	s.figure(figure{what: "CPU of the busiest node process at rest", value: slices.Max(cores), unit: " cores"}, barIdle)
 	for _, verb := range []string{"list-units", "list-unit-files"} {
 		var took, nothing []float64
 		for range 9 {
@@ -241,7 +271,7 @@ func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 			if err != nil {
 				return err
 			}
-			if n := countLines(lines); n != o.many {
+			if n := strings.Count(lines, "\n"); n != o.many {
 				return fmt.Errorf("%s has %d lines, not %d", verb, n, o.many)
 			}
 			took = append(took, time.Since(began).Seconds())
@@ -251,8 +281,8 @@ func atRest(ctx context.Context, b *harness.Bench, o options, s *system) error {
 			}
 			nothing = append(nothing, time.Since(began).Seconds())
 		}
-		b.Printf("%s   of which the start of the program, as of one that only says its version: %.4f\n", verb, harness.Median(nothing))
-		b.Printf("%s   raw %s\n", verb, harness.Join(took, "%.4f"))
+		s.Printf("%s   of which the start of the program, as of one that only says its version: %.4f\n", verb, harness.Median(nothing))
+		s.Printf("%s   raw %s\n", verb, harness.Join(took, "%.4f"))
 		s.figure(figure{what: fmt.Sprintf("%s of %d units, median", verb, o.many), value: harness.Median(took), unit: " s"}, barList)
 	}
 	return nil
@@ -269,36 +299,31 @@ func shares(before, after []time.Duration, d time.Duration) []float64 {
 
 // failover cuts the power of the last node, waits for its units and switches it
 // on again.
-func failover(ctx context.Context, b *harness.Bench, o options, s *system) (err error) {
-	c := s.cluster
-	victim := c.nodes[len(c.nodes)-1]
-	before, err := c.watch()
+func failover(ctx context.Context, o options, s *system) (err error) {
+	victim := s.machines.Nodes[len(s.machines.Nodes)-1]
+	w, err := watching()
 	if err != nil {
 		return err
 	}
-	had := len(before.here)
 	defer func() {
-		on := context.WithoutCancel(ctx)
-		err = errors.Join(err, c.cli(on, "cluster", "power", "--cluster", c.name, victim.Name, "on"))
-		if err == nil {
-			err = c.booted(on, victim)
-		}
+		err = errors.Join(err, w.proc.Close(), s.machines.Power(context.WithoutCancel(ctx), victim, "on"))
 	}()
+	had := len(w.here)
 	began := time.Now()
-	if err := c.cli(ctx, "cluster", "power", "--cluster", c.name, victim.Name, "cut"); err != nil {
+	if err := s.machines.Power(ctx, victim, "cut"); err != nil {
 		return err
 	}
 	cut := time.Since(began).Seconds()
-	if err := before.scan(); err != nil {
+	if err := w.scan(); err != nil {
 		return err
 	}
-	lost := had - len(before.here)
-	first, all, err := before.until(ctx, began, o.many, failoverLimit)
+	lost := had - len(w.here)
+	first, all, err := w.until(ctx, began, o.many, failoverLimit)
 	if err != nil {
 		return err
 	}
-	b.Printf("failover   %s of %d nodes cut (the command took %.2f s), %d of %d units lost: first up after %.2f, all after %.2f\n",
-		victim.Name, len(c.nodes), cut, lost, had, first, all)
+	s.Printf("failover   %s of %d nodes cut (the command took %.2f s), %d of %d units lost: first up after %.2f, all after %.2f\n",
+		victim.Name, len(s.machines.Nodes), cut, lost, had, first, all)
 	s.figure(figure{what: "units of a dead node up again", value: all, unit: " s"}, barFailover)
 	return nil
 }

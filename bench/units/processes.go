@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"flotilla/bench/harness"
@@ -17,6 +20,13 @@ const (
 	failoverLimit = 2 * time.Minute
 )
 
+// sleep is how long units sleep; no other process on the host sleeps as long.
+func sleep() string { return strconv.Itoa(5_000_000 + os.Getpid()) }
+
+func unitText() string {
+	return "[Unit]\nDescription=Unit %i of the benchmark\n[Service]\nExecStart=/bin/sleep " + sleep() + "\n"
+}
+
 // errTooLong is what until returns at its limit.
 var errTooLong = errors.New("that took too long")
 
@@ -24,22 +34,19 @@ var errTooLong = errors.New("that took too long")
 // looked at until it is one of them, which it stays; what was there before the
 // first scan and is none never becomes one.
 type watch struct {
-	command string // arguments, each ended by a NUL
-	others  map[int]bool
-	here    map[int]bool
-	proc    *os.File
+	others map[int]bool
+	here   map[int]bool
+	proc   *os.File
 }
 
-func (c *cluster) watch() (*watch, error) {
+// watching returns a watch that has scanned once.
+func watching() (*watch, error) {
 	proc, err := os.Open("/proc")
 	if err != nil {
 		return nil, err
 	}
-	w := &watch{command: fmt.Sprintf("/bin/sleep\x00%s\x00", c.sleep()), proc: proc, here: map[int]bool{}}
-	if err := w.scan(); err != nil {
-		return nil, err
-	}
-	return w, nil
+	w := &watch{proc: proc}
+	return w, w.scan()
 }
 
 // scan reads /proc once more.
@@ -61,17 +68,14 @@ func (w *watch) scan() error {
 		if err != nil || w.others[pid] {
 			continue
 		}
-		if w.here[pid] {
-			here[pid] = true
-			continue
+		if !w.here[pid] {
+			line, err := os.ReadFile("/proc/" + name + "/cmdline")
+			if err != nil || string(line) != "/bin/sleep\x00"+sleep()+"\x00" {
+				w.others[pid] = begin
+				continue
+			}
 		}
-		line, err := os.ReadFile("/proc/" + name + "/cmdline")
-		switch {
-		case err == nil && string(line) == w.command:
-			here[pid] = true
-		case begin:
-			w.others[pid] = true
-		}
+		here[pid] = true
 	}
 	w.here = here
 	return nil
@@ -99,4 +103,63 @@ func (w *watch) until(ctx context.Context, began time.Time, n int, limit time.Du
 			return first, 0, err
 		}
 	}
+}
+
+// timing is how units came or went, in seconds.
+type timing struct {
+	first, all float64 // until the first one did, and all
+	returned   float64 // until the command returned
+	failed     error   // what it returned
+	there      int     // units in the end
+}
+
+// timed runs command, which starts or ends units, until n of their processes are
+// there.
+func timed(ctx context.Context, n int, limit time.Duration, command func() error) (t timing, err error) {
+	w, err := watching()
+	if err != nil {
+		return t, err
+	}
+	began, returned := time.Now(), make(chan time.Time)
+	go func() {
+		t.failed = command()
+		returned <- time.Now()
+	}()
+	first, all, err := w.until(ctx, began, n, limit)
+	t.returned = (<-returned).Sub(began).Seconds()
+	t.first, t.all, t.there = first, all, len(w.here)
+	return t, errors.Join(err, w.proc.Close())
+}
+
+// used returns the CPU time of a program on each machine; command is how its command
+// line begins on the host.
+func used(machines []harness.Machine, command ...string) ([]time.Duration, error) {
+	begin := []byte(strings.Join(command, "\x00") + "\x00")
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	pids := map[string]int{} // by machine ID
+	for _, path := range files {
+		line, err := os.ReadFile(path)
+		if err != nil || !bytes.HasPrefix(line, begin) {
+			continue // ended, or another
+		}
+		dir := filepath.Dir(path)
+		if id, err := os.ReadFile(dir + "/root/etc/machine-id"); err == nil {
+			pids[strings.TrimSpace(string(id))], _ = strconv.Atoi(filepath.Base(dir)) // digits
+		}
+	}
+	var all []time.Duration
+	for _, m := range machines {
+		if pids[m.MachineID] == 0 {
+			return nil, fmt.Errorf("node %s runs no %s", m.Name, strings.Join(command, " "))
+		}
+		u, err := harness.ProcessUsage(pids[m.MachineID], false)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, u.CPU)
+	}
+	return all, nil
 }

@@ -1,49 +1,72 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"net/http"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"flotilla/bench/harness"
 )
 
+const (
+	templateName = "bench@.service"
+	// goneLimit is how long units may take to end.
+	goneLimit = time.Minute
+)
+
 // system is what starts units on a cluster, and what was found out about it.
 type system struct {
-	daemons
-	name    string
-	cluster *cluster
-	figures []figure
+	*harness.Bench
+	name     string
+	machines *harness.Machines
+	// command is the client, with a verb and what this is about.
+	command func(ctx context.Context, args ...string) *exec.Cmd
+	// used is the CPU time of what never ends: the daemons by node, and the stores.
+	used       func() (daemons, stores []time.Duration, err error)
+	metricsURL string
+	metrics    []metric // of the store, that count: writes first
+	figures    []figure
 
 	// Of a system that does not always do what it is told.
 	pass  time.Duration               // it looks for work as often, so a start comes at any time between
 	sweep func(context.Context) error // ends what is still there after goneLimit; nil: that is an error
 }
 
-// daemons is how a system's programs are asked.
-type daemons interface {
-	// command is the client, with a verb and what this is about.
-	command(ctx context.Context, args ...string) *exec.Cmd
-	// store is the URL of the store's metrics, and those that count: writes first.
-	store() (url string, metrics []metric)
-	// processes are those on the host that never end, the daemons by node.
-	processes() (daemons, stores []int, err error)
-}
-
 type metric struct{ name, what string }
 
-// goneLimit is how long units may take to end.
-const goneLimit = time.Minute
+// flotilla is our own daemons, as the nodes run them.
+func flotilla(b *harness.Bench, m *harness.Machines) *system {
+	const daemon = "/usr/local/bin/flotillad"
+	return &system{
+		Bench: b, name: "flotilla", machines: m,
+		command: func(ctx context.Context, args ...string) *exec.Cmd {
+			if args[0] == "start" {
+				args = append([]string{"start", "--timeout", "3m"}, args[1:]...)
+			}
+			cmd := m.Command(ctx, args...)
+			cmd.Dir = b.Dir
+			return cmd
+		},
+		used: func() (daemons, stores []time.Duration, err error) {
+			if daemons, err = used(m.Nodes, daemon, "node"); err == nil {
+				stores, err = used(m.Nodes, daemon, "store")
+			}
+			return daemons, stores, err
+		},
+		metricsURL: "http://" + m.Nodes[0].Address + ":2379/metrics", // of one member: every member does all
+		metrics: []metric{
+			{"etcd_server_proposals_applied_total", "writes (raft proposals)"},
+			{"etcd_mvcc_txn_total", "transactions"},
+			{"etcd_mvcc_put_total", "keys put"},
+		},
+	}
+}
 
 // figure is one result that systems are compared by.
 type figure struct {
@@ -59,123 +82,56 @@ var noBar = math.Inf(1)
 // figure notes a result; those of flotilla have bars.
 func (s *system) figure(f figure, bar float64) {
 	s.figures = append(s.figures, f)
-	if _, ours := s.daemons.(flotilla); ours && bar != noBar {
-		s.cluster.bench.AtMost(f.what, f.value, bar, f.unit)
+	if s.sweep == nil && bar != noBar {
+		s.AtMost(f.what, f.value, bar, f.unit)
 	}
 }
 
 func (s *system) output(ctx context.Context, args ...string) (string, error) {
-	return output(s.command(ctx, args...))
+	return harness.Output(s.command(ctx, args...))
 }
 
-// counts is what a store has done, by metric.
-type counts []float64
-
-func (c counts) minus(o counts) counts {
-	d := slices.Clone(c)
-	for i := range d {
-		d[i] -= o[i]
+// counted asks the store for its metrics.
+func (s *system) counted(ctx context.Context) ([]float64, error) {
+	all, err := harness.Metrics(ctx, s.metricsURL)
+	if err != nil {
+		return nil, err
 	}
-	return d
+	var counts []float64
+	for _, m := range s.metrics {
+		n, ok := all[m.name]
+		if !ok {
+			return nil, fmt.Errorf("the store has no metric %s", m.name)
+		}
+		counts = append(counts, n)
+	}
+	return counts, nil
 }
 
-func (c counts) writes() float64 { return c[0] }
-
-// words tells counts of the system's store.
-func (s *system) words(c counts) string {
-	_, metrics := s.store()
-	parts := make([]string, len(c))
-	for i, n := range c {
-		parts[i] = fmt.Sprintf("%.0f %s", n, metrics[i].what)
+// words tells what the store has done between two readings of its metrics.
+func (s *system) words(before, after []float64) string {
+	var parts []string
+	for i, m := range s.metrics {
+		parts = append(parts, fmt.Sprintf("%.0f %s", after[i]-before[i], m.what))
 	}
 	return strings.Join(parts, ", ")
 }
 
-// counted asks the store; series of one metric are added up.
-func (s *system) counted(ctx context.Context) (counts, error) {
-	url, metrics := s.store()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return nil, err
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return nil, err
-	}
-	var text bytes.Buffer
-	_, err = text.ReadFrom(response.Body)
-	if err = errors.Join(err, response.Body.Close()); err != nil {
-		return nil, err
-	}
-	n, seen := make(counts, len(metrics)), map[string]bool{}
-	for line := range strings.Lines(text.String()) {
-		series, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-		name, _, _ := strings.Cut(series, "{")
-		i := slices.IndexFunc(metrics, func(m metric) bool { return m.name == name })
-		if i < 0 {
-			continue
-		}
-		v, err := strconv.ParseFloat(value, 64)
-		if err != nil {
-			return nil, fmt.Errorf("metrics of the store: %s: %w", name, err)
-		}
-		n[i] += v
-		seen[name] = true
-	}
-	if len(seen) < len(metrics) {
-		return nil, fmt.Errorf("metrics of the store: %d of %d are there", len(seen), len(metrics))
-	}
-	return n, nil
-}
-
-// reading is what was used so far; daemons by node.
-type reading struct {
-	counts          counts
-	daemons, stores []time.Duration
-}
-
-func (s *system) reading(ctx context.Context) (r reading, err error) {
-	if r.counts, err = s.counted(ctx); err != nil {
-		return r, err
-	}
-	daemons, stores, err := s.processes()
-	if err != nil {
-		return r, err
-	}
-	if r.daemons, err = used(daemons); err != nil {
-		return r, err
-	}
-	r.stores, err = used(stores)
-	return r, err
-}
-
-// used returns the CPU times of processes.
-func used(pids []int) ([]time.Duration, error) {
-	list := make([]time.Duration, len(pids))
-	for i, pid := range pids {
-		u, err := harness.ProcessUsage(pid, false)
-		if err != nil {
-			return nil, err
-		}
-		list[i] = u.CPU
-	}
-	return list, nil
-}
-
-func names(n int) []string {
-	list := make([]string, n)
-	for i := range list {
-		list[i] = strings.Replace(templateName, "@", "@"+strconv.Itoa(i+1), 1)
+// withNames are a verb and the names of n units.
+func withNames(verb string, n int) []string {
+	list := []string{verb}
+	for i := range n {
+		list = append(list, strings.Replace(templateName, "@", "@"+strconv.Itoa(i+1), 1))
 	}
 	return list
 }
 
 // trial is one start of units and their end.
 type trial struct {
-	first, up, returned float64
-	gone                float64
-	left                int    // units that were not gone by then
-	writes              counts // of the start
+	start         timing
+	gone          float64
+	left          int       // units that were not gone by then
+	before, after []float64 // metrics of the store around the start
 }
 
 // start starts n units and waits until their processes are there, the command
@@ -184,41 +140,24 @@ func (s *system) start(ctx context.Context, n int) (t trial, err error) {
 	if err := harness.Pause(ctx, rand.N(s.pass+1)); err != nil {
 		return t, err
 	}
-	before, err := s.counted(ctx)
-	if err != nil {
+	if t.before, err = s.counted(ctx); err != nil {
 		return t, err
 	}
-	w, err := s.cluster.watch()
-	if err != nil {
-		return t, err
-	}
-	var ended sync.WaitGroup
-	var failed error
-	began := time.Now()
-	ended.Go(func() {
-		_, failed = s.output(ctx, append([]string{"start"}, names(n)...)...)
-		t.returned = time.Since(began).Seconds()
+	t.start, err = timed(ctx, n, upLimit, func() error {
+		_, err := s.output(ctx, withNames("start", n)...)
+		return err
 	})
-	t.first, t.up, err = w.until(ctx, began, n, upLimit)
-	ended.Wait()
-	if err != nil {
+	switch failed := t.start.failed; {
+	case err != nil, failed != nil && s.sweep == nil:
 		return t, errors.Join(err, failed)
-	}
-	if failed != nil && s.sweep == nil {
-		return t, failed
-	}
-	if failed != nil {
-		s.cluster.bench.Printf("           all are up, but %v\n", failed)
+	case failed != nil:
+		s.Printf("           all are up, but %v\n", failed)
 	}
 	if err := s.settle(ctx, n); err != nil {
 		return t, err
 	}
-	after, err := s.counted(ctx)
-	if err != nil {
-		return t, err
-	}
-	t.writes = after.minus(before)
-	return t, nil
+	t.after, err = s.counted(ctx)
+	return t, err
 }
 
 // trial starts n units and destroys them.
@@ -227,21 +166,15 @@ func (s *system) trial(ctx context.Context, n int) (trial, error) {
 	if err != nil {
 		return t, fmt.Errorf("start %d units: %w", n, err)
 	}
-	w, err := s.cluster.watch()
-	if err != nil {
-		return t, err
-	}
-	var ended sync.WaitGroup
-	var failed error
-	began := time.Now()
-	ended.Go(func() { _, failed = s.output(ctx, append([]string{"destroy"}, names(n)...)...) })
-	_, t.gone, err = w.until(ctx, began, 0, goneLimit)
-	ended.Wait()
-	if s.sweep != nil && failed == nil && errors.Is(err, errTooLong) {
-		t.left = len(w.here)
+	end, err := timed(ctx, 0, goneLimit, func() error {
+		_, err := s.output(ctx, withNames("destroy", n)...)
+		return err
+	})
+	t.gone, t.left = end.all, end.there
+	if s.sweep != nil && end.failed == nil && errors.Is(err, errTooLong) {
 		return t, s.sweep(ctx)
 	}
-	if err = errors.Join(err, failed); err != nil {
+	if err = errors.Join(err, end.failed); err != nil {
 		return t, fmt.Errorf("destroy %d units: %w", n, err)
 	}
 	return t, s.clear(ctx)
@@ -250,69 +183,46 @@ func (s *system) trial(ctx context.Context, n int) (trial, error) {
 // settle waits until all n units are listed as active and, of a system that is
 // quiet then, the store has not been written to for two seconds.
 func (s *system) settle(ctx context.Context, n int) error {
-	var last counts
-	since, listed := time.Now(), false
-	for began := time.Now(); ; {
-		if !listed {
-			units, err := s.output(ctx, "list-units", "--no-legend", "--fields", "unit,active")
-			if err != nil {
-				return err
-			}
-			listed = countActive(units) == n
+	err := harness.Until(ctx, upLimit, 100*time.Millisecond, fmt.Sprintf("%d units to be listed as active", n), func() error {
+		units, err := s.output(ctx, "list-units", "--no-legend", "--fields", "unit,active")
+		if active := strings.Count(units, "\tactive\n"); err == nil && active != n {
+			err = fmt.Errorf("%d are", active)
 		}
+		return err
+	})
+	if err != nil || s.pass > 0 {
+		return err
+	}
+	writes, since := -1.0, time.Now()
+	return harness.Until(ctx, upLimit, 100*time.Millisecond, "no more writes to the store", func() error {
 		now, err := s.counted(ctx)
 		if err != nil {
 			return err
 		}
-		if last == nil || now.writes() != last.writes() {
-			last, since = now, time.Now()
+		if now[0] != writes {
+			writes, since = now[0], time.Now()
 		}
-		if listed && (s.pass > 0 || time.Since(since) >= 2*time.Second) {
-			return nil
+		if time.Since(since) < 2*time.Second {
+			return errors.New("it is still written to")
 		}
-		if time.Since(began) > upLimit {
-			return fmt.Errorf("after %s not all %d units are listed as active (%t), or the store is still written to", upLimit, n, !listed)
-		}
-		if err := harness.Pause(ctx, 100*time.Millisecond); err != nil {
-			return err
-		}
-	}
-}
-
-// countActive counts the lines whose second word is active.
-func countActive(list string) (n int) {
-	for line := range strings.Lines(list) {
-		if words := strings.Fields(line); len(words) == 2 && words[1] == "active" {
-			n++
-		}
-	}
-	return n
+		return nil
+	})
 }
 
 // clear destroys what is there and waits until nothing is.
 func (s *system) clear(ctx context.Context) error {
-	for began := time.Now(); ; {
+	return harness.Until(ctx, upLimit, 100*time.Millisecond, "all units to be destroyed", func() error {
 		files, err := s.output(ctx, "list-unit-files", "--no-legend", "--fields", "unit")
 		if err != nil {
 			return err
 		}
 		units, err := s.output(ctx, "list-units", "--no-legend", "--fields", "unit")
-		if err != nil {
+		if err != nil || files+units == "" {
 			return err
 		}
-		if files+units == "" {
-			return nil
+		if files != "" {
+			_, err = s.output(ctx, append([]string{"destroy"}, strings.Fields(files)...)...)
 		}
-		if list := strings.Fields(files); len(list) > 0 {
-			if _, err := s.output(ctx, append([]string{"destroy"}, list...)...); err != nil {
-				return err
-			}
-		}
-		if time.Since(began) > upLimit {
-			return fmt.Errorf("units are still there %s after they were destroyed", upLimit)
-		}
-		if err := harness.Pause(ctx, 100*time.Millisecond); err != nil {
-			return err
-		}
-	}
+		return errors.Join(errors.New("some are still there"), err)
+	})
 }

@@ -20,7 +20,7 @@ import (
 	"flotilla/internal/wire"
 )
 
-func checkNode(_ context.Context, p *patient) []finding {
+func checkNode(_ context.Context, p *machine) []finding {
 	st := p.running
 	switch {
 	case st == nil:
@@ -28,7 +28,7 @@ func checkNode(_ context.Context, p *patient) []finding {
 	case st.Router != nil && !st.Router.Serving:
 		return []finding{bad("node", "look at its log", "%s runs, but its router does not serve: %s", st.Name, st.Router.Err)}
 	case !st.Store.Live:
-		return []finding{warn("node", "it goes on with the last known state; see to the store", "%s serves, but is stale: %s", st.Name, st.Store.Err)}
+		return []finding{warn("node", "it goes on with the last known state; look at the store", "%s serves, but is stale: %s", st.Name, st.Store.Err)}
 	case len(st.Warnings) > 0:
 		return []finding{warn("node", "flotilla status", "%s serves, with a warning: %s", st.Name, st.Warnings[0])}
 	}
@@ -39,7 +39,7 @@ func checkNode(_ context.Context, p *patient) []finding {
 }
 
 // checkPorts looks whether the node's ports are free, or its own.
-func checkPorts(_ context.Context, p *patient) []finding {
+func checkPorts(_ context.Context, p *machine) []finding {
 	addr, err := netip.ParseAddr(p.cfg.Address)
 	if err != nil {
 		return nil // said under settings
@@ -83,7 +83,7 @@ func dnsRemedy(program, address string) string {
 	return "stop it, or give --dns-port another port"
 }
 
-func checkHAProxy(ctx context.Context, p *patient) []finding {
+func checkHAProxy(ctx context.Context, p *machine) []finding {
 	binary := p.cfg.HAProxy
 	if binary == "" {
 		binary = "haproxy"
@@ -96,7 +96,7 @@ func checkHAProxy(ctx context.Context, p *patient) []finding {
 	defer cancel()
 	v, err := haproxy.BinaryVersion(ctx, path)
 	if err != nil {
-		return []finding{bad("haproxy", "run it by hand and see", "%v", err)}
+		return []finding{bad("haproxy", "run it by hand with -v", "%v", err)}
 	}
 	name := fmt.Sprintf("%s is version %s", path, v.Full)
 	switch {
@@ -113,7 +113,7 @@ func checkHAProxy(ctx context.Context, p *patient) []finding {
 // enoughFiles is what HAProxy should be able to open: two for each connection.
 const enoughFiles = 65536
 
-func checkLimits(context.Context, *patient) []finding {
+func checkLimits(context.Context, *machine) []finding {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return []finding{warn("limits", "", "the limit of open files cannot be read: %v", err)}
@@ -125,7 +125,7 @@ func checkLimits(context.Context, *patient) []finding {
 	return []finding{ok("limits", "%d open files", limit.Max)}
 }
 
-func checkNftables(ctx context.Context, p *patient) []finding {
+func checkNftables(ctx context.Context, p *machine) []finding {
 	if p.cfg.HostPorts == "listeners" {
 		return []finding{ok("nftables", "not used: --host-ports listeners")}
 	}
@@ -155,7 +155,7 @@ func firstLine(out []byte) string {
 }
 
 // checkClock asks the kernel whether something keeps its clock right.
-func checkClock(context.Context, *patient) []finding {
+func checkClock(context.Context, *machine) []finding {
 	var t unix.Timex
 	state, err := unix.Adjtimex(&t)
 	if err != nil {
@@ -175,7 +175,7 @@ const (
 	fsyncs    = 40
 )
 
-func checkDisk(_ context.Context, p *patient) []finding {
+func checkDisk(_ context.Context, p *machine) []finding {
 	dir := p.cfg.Data
 	for {
 		if info, err := os.Stat(dir); err == nil && info.IsDir() {
@@ -200,7 +200,7 @@ func checkDisk(_ context.Context, p *patient) []finding {
 	case errors.Is(err, os.ErrPermission):
 		return append(findings, warn("disk", "run this as the user of the node", "%s cannot be written by this user", dir))
 	case err != nil:
-		return append(findings, bad("disk", "see to the file system", "writing to %s: %v", dir, err))
+		return append(findings, bad("disk", "check the file system", "writing to %s: %v", dir, err))
 	case slowest > slowFsync:
 		return append(findings, warn("disk", "put --data on a faster disk: every write of the store waits for this", "fsync takes %s (p95 of %d)", slowest.Round(10*time.Microsecond), fsyncs))
 	}
@@ -232,7 +232,7 @@ func fsyncTime(dir string) (_ time.Duration, err error) {
 const slowStore = 100 * time.Millisecond
 
 // checkStore asks the members how they are, through the running node.
-func checkStore(ctx context.Context, p *patient) []finding {
+func checkStore(ctx context.Context, p *machine) []finding {
 	if p.running == nil {
 		return []finding{ok("store", "not asked: no node runs")}
 	}

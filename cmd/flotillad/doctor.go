@@ -44,14 +44,14 @@ func bad(check, remedy, format string, args ...any) finding {
 	return finding{levelFail, check, fmt.Sprintf(format, args...), remedy}
 }
 
-// patient is what the checks look at.
-type patient struct {
+// machine is what the checks look at: this one, with the settings of its node.
+type machine struct {
 	cfg     nodeconfig.Config
 	running *wire.Status // of the node that serves on the socket; nil: none does
 }
 
 // checks are done in this order.
-var checks = []func(ctx context.Context, p *patient) []finding{
+var checks = []func(ctx context.Context, p *machine) []finding{
 	checkNode, checkPorts, checkHAProxy, checkLimits, checkNftables, checkClock, checkDisk, checkStore,
 }
 
@@ -92,7 +92,7 @@ flags, file and environment. The exit code is 1 if a check fails.`,
 
 // examine runs all checks.
 func examine(ctx context.Context, cfg nodeconfig.Config) []finding {
-	p := &patient{cfg: cfg}
+	p := &machine{cfg: cfg}
 	var findings []finding
 	if err := p.cfg.Validate(); err != nil {
 		for _, m := range mistakes(err) {

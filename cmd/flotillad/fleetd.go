@@ -26,44 +26,39 @@ import (
 	"flotilla/internal/nodeconfig"
 )
 
-// fleetd: the same program under another name is a node that reads fleet's
-// configuration.
-
-// fleetConf is what fleet's configuration says, as far as it means something
-// here. The zero value of a field: it was not given.
-type fleetConf struct {
-	EtcdServers               []string
-	CertFile, KeyFile, CAFile string
-	KeyPrefix                 string // ends in a slash
-	PublicIP                  string
-	Metadata                  map[string]string
-	MachineTTL                time.Duration
-	UnitsDir                  string
-	TokenLimit                int
-	OnStop                    string // not fleet's own
-	DisableEngine             bool
-	Verbosity                 int
-}
-
 // Where fleet's configuration is, unless -config names a file.
 const fleetConfFile = "/etc/fleet/fleet.conf"
 
-// fleetKeys are the keys that fleet knows, and what becomes of them: nil is
-// without meaning here.
-var fleetKeys = map[string]func(c *fleetConf, value string) error{
-	"verbosity":                 func(c *fleetConf, v string) (err error) { c.Verbosity, err = strconv.Atoi(v); return err },
-	"etcd_servers":              func(c *fleetConf, v string) (err error) { c.EtcdServers, err = servers(v); return err },
-	"etcd_keyfile":              func(c *fleetConf, v string) error { c.KeyFile = v; return nil },
-	"etcd_certfile":             func(c *fleetConf, v string) error { c.CertFile = v; return nil },
-	"etcd_cafile":               func(c *fleetConf, v string) error { c.CAFile = v; return nil },
-	"etcd_key_prefix":           func(c *fleetConf, v string) error { c.KeyPrefix = "/" + strings.Trim(v, "/") + "/"; return nil },
-	"public_ip":                 func(c *fleetConf, v string) error { c.PublicIP = v; return nil },
-	"metadata":                  func(c *fleetConf, v string) (err error) { c.Metadata, err = pairs(v); return err },
-	"agent_ttl":                 func(c *fleetConf, v string) (err error) { c.MachineTTL, err = time.ParseDuration(v); return err },
-	"units_directory":           func(c *fleetConf, v string) error { c.UnitsDir = v; return nil },
-	"token_limit":               func(c *fleetConf, v string) (err error) { c.TokenLimit, err = strconv.Atoi(v); return err },
-	"disable_engine":            func(c *fleetConf, v string) (err error) { c.DisableEngine, err = strconv.ParseBool(v); return err },
-	"on_stop":                   func(c *fleetConf, v string) error { c.OnStop = v; return nil },
+// fleetKeys are the keys that fleet knows, and what they set of a node; nil: they
+// mean nothing here.
+var fleetKeys = map[string]func(c *nodeconfig.Config, value string) error{
+	"verbosity": func(c *nodeconfig.Config, v string) error {
+		n, err := strconv.Atoi(v)
+		if n > 0 {
+			c.LogLevel = "debug"
+		}
+		return err
+	},
+	"etcd_servers":    func(c *nodeconfig.Config, v string) (err error) { c.EtcdEndpoints, err = servers(v); return err },
+	"etcd_keyfile":    func(c *nodeconfig.Config, v string) error { c.EtcdKeyFile = v; return nil },
+	"etcd_certfile":   func(c *nodeconfig.Config, v string) error { c.EtcdCertFile = v; return nil },
+	"etcd_cafile":     func(c *nodeconfig.Config, v string) error { c.EtcdCAFile = v; return nil },
+	"etcd_key_prefix": func(c *nodeconfig.Config, v string) error { c.KeyPrefix = "/" + strings.Trim(v, "/") + "/"; return nil },
+	"public_ip":       func(c *nodeconfig.Config, v string) error { c.Address = v; return nil },
+	"metadata":        func(c *nodeconfig.Config, v string) (err error) { c.Metadata, err = pairs(v); return err },
+	"agent_ttl": func(c *nodeconfig.Config, v string) error {
+		ttl, err := time.ParseDuration(v)
+		c.MachineTTL = int((ttl + time.Second - 1) / time.Second)
+		return err
+	},
+	"units_directory": func(c *nodeconfig.Config, v string) error { c.UnitsDir = v; return nil },
+	"token_limit":     func(c *nodeconfig.Config, v string) (err error) { c.TokenLimit, err = strconv.Atoi(v); return err },
+	"disable_engine": func(c *nodeconfig.Config, v string) error {
+		off, err := strconv.ParseBool(v)
+		c.Engine = !off
+		return err
+	},
+	"on_stop":                   func(c *nodeconfig.Config, v string) error { c.OnStop = v; return nil }, // not fleet's own
 	"etcd_username":             nil,
 	"etcd_password":             nil,
 	"systemd_user":              nil,
@@ -84,10 +79,16 @@ var fleetLost = map[string]string{
 	"authorized_keys_file": "signatures of units are not verified; fleet gave that up too",
 }
 
-// parseFleetConf reads the text of a configuration file, called where in errors,
-// and the environment, which counts more. warnings are about keys that mean
-// nothing here. All mistakes are returned at once.
-func parseFleetConf(text, where string, environ []string) (c fleetConf, warnings []string, err error) {
+// parseFleetConf returns the node that the text of a configuration file asks for,
+// called where in errors, and the environment, which counts more. warnings are
+// about keys that mean nothing here. All mistakes are returned at once.
+//
+// A node that runs as fleetd runs units and nothing else, and drains when it is
+// stopped, as fleetd did.
+func parseFleetConf(text, where string, environ []string) (c nodeconfig.Config, warnings []string, err error) {
+	c = nodeconfig.Default()
+	c.UnitsOnly, c.OnStop, c.LogFormat = true, "drain", "text"
+	c.EtcdEndpoints = []string{"http://127.0.0.1:2379"}
 	type setting struct{ value, where string }
 	given := map[string]setting{}
 	var wrong []error
@@ -161,54 +162,20 @@ func servers(value string) ([]string, error) {
 	return list, nil
 }
 
-// pairs reads k=v,k2=v2; of two values for a key the last counts. What is no
-// pair is left out, as fleet does.
-func pairs(value string) (map[string]string, error) {
+// pairs reads k=v,k2=v2 and returns them in order; of two values for a key the last
+// counts.
+func pairs(value string) ([]string, error) {
 	m := map[string]string{}
 	for pair := range strings.SplitSeq(value, ",") {
 		k, v, ok := strings.Cut(pair, "=")
 		k, v = strings.TrimSpace(k), strings.TrimSpace(v)
 		if ok && k != "" && v != "" {
-			m[k] = v
+			m[k] = k + "=" + v
 		} else if strings.TrimSpace(pair) != "" {
 			return nil, fmt.Errorf("%q is not KEY=VALUE", strings.TrimSpace(pair))
 		}
 	}
-	return m, nil
-}
-
-// apply sets what the configuration says in a node's. A node that runs as fleetd
-// runs units and nothing else, and drains when it is stopped, as fleetd did.
-func (f *fleetConf) apply(c *nodeconfig.Config) {
-	c.UnitsOnly, c.OnStop, c.LogFormat = true, "drain", "text"
-	c.EtcdEndpoints = f.EtcdServers
-	if len(c.EtcdEndpoints) == 0 {
-		c.EtcdEndpoints = []string{"http://127.0.0.1:2379"}
-	}
-	c.EtcdCertFile, c.EtcdKeyFile, c.EtcdCAFile = f.CertFile, f.KeyFile, f.CAFile
-	c.Address = f.PublicIP
-	c.Engine = !f.DisableEngine
-	for _, k := range slices.Sorted(maps.Keys(f.Metadata)) {
-		c.Metadata = append(c.Metadata, k+"="+f.Metadata[k])
-	}
-	if f.KeyPrefix != "" {
-		c.KeyPrefix = f.KeyPrefix
-	}
-	if f.UnitsDir != "" {
-		c.UnitsDir = f.UnitsDir
-	}
-	if f.TokenLimit != 0 {
-		c.TokenLimit = f.TokenLimit
-	}
-	if f.MachineTTL != 0 {
-		c.MachineTTL = int((f.MachineTTL + time.Second - 1) / time.Second)
-	}
-	if f.OnStop != "" {
-		c.OnStop = f.OnStop
-	}
-	if f.Verbosity > 0 {
-		c.LogLevel = "debug"
-	}
+	return slices.Sorted(maps.Values(m)), nil
 }
 
 // routeAddress returns the address from which this machine speaks to others, or
@@ -229,16 +196,14 @@ func routeAddress() string {
 // readFleetConf returns the configuration of a node from fleet's file. A file
 // that was not asked for by name may be missing.
 func readFleetConf(file string, named bool, environ []string) (nodeconfig.Config, []string, error) {
-	cfg := nodeconfig.Default()
 	raw, err := os.ReadFile(file)
 	if err != nil && (named || !errors.Is(err, fs.ErrNotExist)) {
-		return cfg, nil, err
+		return nodeconfig.Default(), nil, err
 	}
-	f, warnings, err := parseFleetConf(string(raw), file, environ)
+	cfg, warnings, err := parseFleetConf(string(raw), file, environ)
 	if err != nil {
 		return cfg, warnings, err
 	}
-	f.apply(&cfg)
 	if cfg.Address == "" {
 		cfg.Address = routeAddress()
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -13,7 +12,7 @@ import (
 func TestFleetConf(t *testing.T) {
 	for name, tc := range map[string]struct {
 		text, env string
-		want      fleetConf
+		want      func(c *nodeconfig.Config)
 		warnings  string
 		err       string
 	}{
@@ -21,15 +20,20 @@ func TestFleetConf(t *testing.T) {
 		"what the functional suite writes": {
 			text: "verbosity=2\netcd_servers=[\"http://172.18.0.1:4001\"]\netcd_key_prefix=/fleet_functional/smoke\npublic_ip=172.18.1.1\nagent_ttl=3s\nenable_grpc=true\n",
 			env:  "FLEET_METADATA=hostname=smoke1",
-			want: fleetConf{Verbosity: 2, EtcdServers: []string{"http://172.18.0.1:4001"}, KeyPrefix: "/fleet_functional/smoke/", PublicIP: "172.18.1.1",
-				MachineTTL: 3 * time.Second, Metadata: map[string]string{"hostname": "smoke1"}},
+			want: func(c *nodeconfig.Config) {
+				c.LogLevel, c.EtcdEndpoints, c.KeyPrefix, c.Address = "debug", []string{"http://172.18.0.1:4001"}, "/fleet_functional/smoke/", "172.18.1.1"
+				c.MachineTTL, c.Metadata = 3, []string{"hostname=smoke1"}
+			},
 		},
 		"everything": {
 			text: "# comment\n; comment\n\n etcd_servers = http://a:1/, \"https://b:2\",c:3 \nmetadata=\"disk=ssd, zone = a,disk=hdd\"\r\nunits_directory='/run/x/'\ntoken_limit=7\ndisable_engine=true\netcd_cafile=ca\netcd_certfile=c\netcd_keyfile=k\n",
-			want: fleetConf{EtcdServers: []string{"http://a:1", "https://b:2", "http://c:3"}, Metadata: map[string]string{"disk": "hdd", "zone": "a"},
-				UnitsDir: "/run/x/", TokenLimit: 7, DisableEngine: true, CAFile: "ca", CertFile: "c", KeyFile: "k"},
+			want: func(c *nodeconfig.Config) {
+				c.EtcdEndpoints, c.Metadata = []string{"http://a:1", "https://b:2", "http://c:3"}, []string{"disk=hdd", "zone=a"}
+				c.UnitsDir, c.TokenLimit, c.Engine = "/run/x/", 7, false
+				c.EtcdCAFile, c.EtcdCertFile, c.EtcdKeyFile = "ca", "c", "k"
+			},
 		},
-		"the environment counts more": {text: "public_ip=10.0.0.1\n", env: "FLEET_PUBLIC_IP=10.0.0.2", want: fleetConf{PublicIP: "10.0.0.2"}},
+		"the environment counts more": {text: "public_ip=10.0.0.1\n", env: "FLEET_PUBLIC_IP=10.0.0.2", want: func(c *nodeconfig.Config) { c.Address = "10.0.0.2" }},
 		"without meaning here":        {text: "engine_reconcile_interval=2\netcd_request_timeout=1.0\nverify_units=false\nsystemd_user=false\n"},
 		"lost": {text: "etcd_username=me\nverify_units=true\ncolour=red\n",
 			warnings: "f:3: fleet has no setting colour, and it is not used|f:1: etcd_username is not used: etcd is used without a user: give a client certificate (etcd_certfile, etcd_keyfile) instead|f:2: verify_units is not used: signatures of units are not verified; fleet gave that up too"},
@@ -47,7 +51,12 @@ func TestFleetConf(t *testing.T) {
 			t.Errorf("%s: error %q, want %q", name, text, tc.err)
 		}
 		if tc.err == "" {
-			if diff := cmp.Diff(tc.want, got); diff != "" {
+			want := nodeconfig.Default()
+			want.UnitsOnly, want.OnStop, want.LogFormat, want.EtcdEndpoints = true, "drain", "text", []string{"http://127.0.0.1:2379"}
+			if tc.want != nil {
+				tc.want(&want)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("%s:\n%s", name, diff)
 			}
 		}
@@ -59,12 +68,10 @@ func TestFleetConf(t *testing.T) {
 
 // What fleet's configuration makes of a node is a node that starts.
 func TestFleetConfApplied(t *testing.T) {
-	f, _, err := parseFleetConf("verbosity=1\netcd_servers=http://127.0.0.1:4001\netcd_key_prefix=fleet\npublic_ip=127.0.0.9\nagent_ttl=2500ms\nmetadata=b=2,a=1\nunits_directory=/run/x\ntoken_limit=7\ndisable_engine=true\non_stop=keep\n", "f", nil)
+	c, _, err := parseFleetConf("verbosity=1\netcd_servers=http://127.0.0.1:4001\netcd_key_prefix=fleet\npublic_ip=127.0.0.9\nagent_ttl=2500ms\nmetadata=b=2,a=1\nunits_directory=/run/x\ntoken_limit=7\ndisable_engine=true\non_stop=keep\n", "f", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := nodeconfig.Default()
-	f.apply(&c)
 	if err := c.Validate(); err != nil {
 		t.Fatal(err)
 	}
@@ -76,20 +83,14 @@ func TestFleetConfApplied(t *testing.T) {
 	if diff := cmp.Diff(want, c); diff != "" {
 		t.Error(diff)
 	}
-	c = nodeconfig.Default()
-	(&fleetConf{}).apply(&c)
-	if c.KeyPrefix != nodeconfig.Default().KeyPrefix || c.MachineTTL != nodeconfig.Default().MachineTTL || !c.Engine || c.OnStop != "drain" || c.RunsStore() {
-		t.Errorf("an empty configuration gives %+v", c)
-	}
 }
 
 func FuzzFleetConf(f *testing.F) {
 	f.Add("etcd_servers=[\"http://a\"]\nmetadata=a=b\n", "FLEET_AGENT_TTL=3s")
 	f.Fuzz(func(t *testing.T, text, env string) {
 		c, _, err := parseFleetConf(text, "f", []string{env})
-		if err == nil {
-			n := nodeconfig.Default()
-			c.apply(&n)
+		if err == nil && (!c.UnitsOnly || c.RunsStore()) {
+			t.Errorf("%q and %q give %+v", text, env, c)
 		}
 	})
 }

@@ -22,10 +22,11 @@ func main() {
 	name := flag.String("name", "a", "what this backend calls itself")
 	httpAddr := flag.String("http", "127.0.0.1:7001", "address of the HTTP server; empty: none")
 	tcpAddr := flag.String("tcp", "", "address of the TCP server; empty: none")
+	work := flag.Duration("work", 0, "how long an answer over HTTP takes")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *name, *httpAddr, *tcpAddr); err != nil {
+	if err := run(ctx, *name, *httpAddr, *tcpAddr, *work); err != nil {
 		fmt.Fprintf(os.Stderr, "backend: %v\n", err)
 		os.Exit(1)
 	}
@@ -33,7 +34,7 @@ func main() {
 
 // run serves until ctx ends. It stops taking requests then and lets those that
 // run finish, for 5 s at most.
-func run(ctx context.Context, name, httpAddr, tcpAddr string) error {
+func run(ctx context.Context, name, httpAddr, tcpAddr string, work time.Duration) error {
 	if tcpAddr != "" {
 		l, err := net.Listen("tcp", tcpAddr)
 		if err != nil {
@@ -52,7 +53,7 @@ func run(ctx context.Context, name, httpAddr, tcpAddr string) error {
 		return err
 	}
 	fmt.Printf("backend %s: http on %s\n", name, l.Addr())
-	server := &http.Server{Handler: answers(name), ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: answers(name, work), ReadHeaderTimeout: 10 * time.Second}
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(l) }()
 	select {
@@ -71,10 +72,11 @@ func run(ctx context.Context, name, httpAddr, tcpAddr string) error {
 	return nil
 }
 
-// answers says who answers and what arrived. /slow takes 2 s.
-func answers(name string) http.Handler {
+// answers says after some work who answers and what arrived. /slow takes 2 s.
+func answers(name string, work time.Duration) http.Handler {
 	mux := http.NewServeMux()
 	say := func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(work)
 		_, _ = fmt.Fprintf(w, "backend %s: %s %s host=%s client=%s proto=%s\n", name, r.Method, r.URL, r.Host,
 			r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Proto")) // a client that is gone does not want it
 	}

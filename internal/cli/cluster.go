@@ -20,7 +20,7 @@ import (
 	"flotilla/internal/provision"
 )
 
-// defaultCluster is the cluster of who names none.
+// defaultCluster is the cluster that a command is about if it names none.
 const defaultCluster = "tryout"
 
 func (c *cli) clusterCommand() *cobra.Command {

@@ -1,7 +1,7 @@
 package dns
 
 import (
-	"encoding/binary"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,42 +21,33 @@ const (
 // entry is an upstream's answer, ready to be given to anyone who asks the same.
 // It is immutable.
 type entry struct {
-	wire    []byte // header, question and records without OPT; the header's id and flags are not used
-	rcode   uint16
-	ad      bool // the upstream says that it has validated
-	tc      bool
-	failed  bool   // stands for upstreams that failed
-	ttls    []int  // offsets of each record's TTL in wire
-	life    uint32 // seconds that it may be kept; 0: only for those who wait for it
+	msg     *dns.Msg // rcode, AD, TC and records without OPT; the rest is not used
+	failed  bool     // stands for upstreams that failed
+	life    uint32   // seconds that it may be kept; 0: only for those who wait for it
 	fetched time.Time
 }
 
-// newEntry makes an entry of r, the answer to q. It fails if r cannot be put in
-// wire form.
-func newEntry(r *dns.Msg, q *query, now time.Time) (*entry, error) {
-	e := &entry{rcode: uint16(r.Rcode & 0xf), ad: r.AuthenticatedData, tc: r.Truncated, fetched: now}
-	name, _, err := dns.UnpackDomainName(q.question, 0)
-	if err != nil {
-		return nil, err
-	}
+// newEntry makes an entry of r, whose records it keeps. It fails if r cannot be put
+// in wire form.
+func newEntry(r *dns.Msg, now time.Time) (*entry, error) {
 	m := &dns.Msg{Compress: true, Answer: r.Answer, Ns: r.Ns}
-	m.Question = []dns.Question{{Name: name, Qtype: q.qtype, Qclass: dns.ClassINET}}
+	m.Rcode, m.AuthenticatedData, m.Truncated = r.Rcode&0xf, r.AuthenticatedData, r.Truncated
 	for _, rr := range r.Extra {
 		if t := rr.Header().Rrtype; t != dns.TypeOPT && t != dns.TypeTSIG {
 			m.Extra = append(m.Extra, rr)
 		}
 	}
-	e.life = lifetime(r.Rcode, m)
-	if e.wire, err = m.Pack(); err != nil {
+	e := &entry{msg: m, life: lifetime(r.Rcode, m), fetched: now}
+	wire, err := m.Pack()
+	if err != nil {
 		return nil, err
 	}
-	if err := new(dns.Msg).Unpack(e.wire); err != nil {
+	if err := new(dns.Msg).Unpack(wire); err != nil {
 		return nil, err // a record that came without its data
 	}
-	if e.tc || len(e.wire) > maxKept {
+	if m.Truncated || len(wire) > maxKept {
 		e.life = 0
 	}
-	e.ttls = ttlOffsets(e.wire, len(q.question), len(m.Answer)+len(m.Ns)+len(m.Extra))
 	return e, nil
 }
 
@@ -92,30 +83,11 @@ func lifetime(rcode int, m *dns.Msg) uint32 {
 	return life
 }
 
-// ttlOffsets returns where the TTLs of n records are in a message that package
-// dns has just made, whose question is of the given length.
-func ttlOffsets(wire []byte, question, n int) []int {
-	offsets := make([]int, n)
-	off := headerLen + question
-	for i := range offsets {
-		for wire[off] != 0 && wire[off] < 0xc0 {
-			off += int(wire[off]) + 1
-		}
-		if wire[off] != 0 {
-			off++ // a pointer has two bytes
-		}
-		off += 1 + 4
-		offsets[i] = off
-		off += 4 + 2 + int(binary.BigEndian.Uint16(wire[off+4:]))
-	}
-	return offsets
-}
-
 // failure is the entry for a question that no upstream could answer.
-func failure(q *query, now time.Time) *entry {
-	wire := make([]byte, headerLen, headerLen+len(q.question))
-	wire[5] = 1
-	return &entry{wire: append(wire, q.question...), rcode: dns.RcodeServerFailure, failed: true, fetched: now}
+func failure(now time.Time) *entry {
+	m := &dns.Msg{}
+	m.Rcode = dns.RcodeServerFailure
+	return &entry{msg: m, failed: true, fetched: now}
 }
 
 // expires is when e is no longer fresh.
@@ -126,33 +98,32 @@ func (e *entry) expires() time.Time {
 	return e.fetched.Add(time.Duration(e.life) * time.Second)
 }
 
-// reply appends the answer to q, with the TTLs as they are at now.
-func (e *entry) reply(out []byte, q *query, now time.Time) []byte {
-	bits := bitRA | e.rcode
-	if e.ad && (q.ad || q.do) {
-		bits |= bitAD
-	}
-	if e.tc {
-		bits |= bitTC
-	}
-	if len(e.wire)+q.opts()*optLen > q.limit {
-		return q.truncated(out, bits)
-	}
-	at := len(out)
-	count := func(off int) int { return int(binary.BigEndian.Uint16(e.wire[off:])) }
-	out = q.header(out, bits, count(6), count(8), count(10)+q.opts())
-	out = append(out, e.wire[headerLen+len(q.question):]...)
+// reply returns the answer to q, with the TTLs as they are at now.
+func (e *entry) reply(q *request, now time.Time) *dns.Msg {
+	r := q.reply()
+	r.Rcode, r.Truncated, r.RecursionAvailable = e.msg.Rcode, e.msg.Truncated, true
+	r.AuthenticatedData = e.msg.AuthenticatedData && (q.ad || q.do)
 	age := uint32(max(now.Sub(e.fetched)/time.Second, 0))
-	stale := e.life > 0 && age >= e.life
-	for _, off := range e.ttls {
-		ttl := out[at+off:]
-		if stale {
-			binary.BigEndian.PutUint32(ttl, staleTTL)
-		} else if e.life > 0 {
-			binary.BigEndian.PutUint32(ttl, binary.BigEndian.Uint32(ttl)-age)
+	aged := func(rrs []dns.RR) []dns.RR {
+		list := make([]dns.RR, 0, len(rrs)+1)
+		for _, rr := range rrs {
+			rr = dns.Copy(rr)
+			h := rr.Header()
+			if strings.EqualFold(h.Name, q.question.Name) {
+				h.Name = q.question.Name // spelt as asked
+			}
+			switch {
+			case e.life > 0 && age >= e.life:
+				h.Ttl = staleTTL
+			case e.life > 0:
+				h.Ttl -= age
+			}
+			list = append(list, rr)
 		}
+		return list
 	}
-	return q.opt(out)
+	r.Answer, r.Ns, r.Extra = aged(e.msg.Answer), aged(e.msg.Ns), append(aged(e.msg.Extra), r.Extra...)
+	return r
 }
 
 // state says what an entry found in the cache is good for.
@@ -165,7 +136,7 @@ const (
 	held          // expired too, but asking has just failed: give it
 )
 
-// cache keeps answers by query.key. When it is full, the least useful of a few
+// cache keeps answers by request.key. When it is full, the least useful of a few
 // entries taken at random makes room: a dead one, or the one unused longest.
 type cache struct {
 	size int
@@ -192,16 +163,16 @@ func (c *cache) len() int {
 }
 
 // get returns the entry for key and what it is good for at now; nil if missing.
-func (c *cache) get(key []byte, now time.Time) (*entry, state) {
+func (c *cache) get(key string, now time.Time) (*entry, state) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	k := c.entries[string(key)]
+	k := c.entries[key]
 	if k == nil {
 		return nil, missing
 	}
 	s := k.state(now)
 	if s == missing {
-		delete(c.entries, string(key))
+		delete(c.entries, key)
 		return nil, missing
 	}
 	k.used = now

@@ -9,22 +9,18 @@ import (
 	"github.com/miekg/dns"
 )
 
-// asked returns the query for a question as if it had come over UDP.
-func asked(t testing.TB, name string, qtype uint16, change ...func(*dns.Msg)) *query {
+// asked returns the request for a question as if it had come over UDP.
+func asked(t testing.TB, name string, qtype uint16, change ...func(*dns.Msg)) *request {
 	t.Helper()
 	m := question(name, qtype)
 	for _, c := range change {
 		c(m)
 	}
-	pkt, err := m.Pack()
-	if err != nil {
-		t.Fatal(err)
+	rcode, opt := judge(m, nil)
+	if rcode != dns.RcodeSuccess {
+		t.Fatalf("%s is answered %s", name, dns.RcodeToString[rcode])
 	}
-	q := new(query)
-	if !q.parse(pkt, false) {
-		t.Fatalf("%s is not a plain question", name)
-	}
-	return q
+	return newRequest(m, opt, false)
 }
 
 func records(t testing.TB, lines ...string) []dns.RR {
@@ -40,9 +36,9 @@ func records(t testing.TB, lines ...string) []dns.RR {
 	return rrs
 }
 
-func entryOf(t testing.TB, q *query, r *dns.Msg, now time.Time) *entry {
+func entryOf(t testing.TB, r *dns.Msg, now time.Time) *entry {
 	t.Helper()
-	e, err := newEntry(r, q, now)
+	e, err := newEntry(r, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,8 +63,7 @@ func TestLifeOfAnAnswer(t *testing.T) {
 			Answer: records(t, "x.test. 30 CNAME y.test."), Ns: records(t, "test. 900 SOA a. b. 1 2 3 4 60")}, 30},
 		"truncated": {dns.Msg{MsgHdr: dns.MsgHdr{Truncated: true}, Answer: records(t, "x.test. 300 A 192.0.2.1")}, 0},
 	} {
-		q := asked(t, "x.test", dns.TypeA)
-		if got := entryOf(t, q, &c.reply, time.Now()).life; got != c.life {
+		if got := entryOf(t, &c.reply, time.Now()).life; got != c.life {
 			t.Errorf("%s: %d s, want %d", name, got, c.life)
 		}
 	}
@@ -82,12 +77,13 @@ func TestReplyFromAnEntry(t *testing.T) {
 		Extra:  append(records(t, "ns.test. 400 AAAA 2001:db8::1"), &dns.OPT{Hdr: dns.RR_Header{Name: ".", Rrtype: dns.TypeOPT}}),
 	}
 	at := time.Now()
-	e := entryOf(t, asked(t, "x.test", dns.TypeA), r, at)
+	e := entryOf(t, r, at)
 	reply := func(age time.Duration, change ...func(*dns.Msg)) *dns.Msg {
-		return unpack(t, e.reply(nil, asked(t, "X.tesT", dns.TypeA, change...), at.Add(age)))
+		q := asked(t, "X.tesT", dns.TypeA, change...)
+		return unpack(t, q.pack(e.reply(q, at.Add(age))))
 	}
 	got := reply(10 * time.Second)
-	want := "NOERROR\nan X.tesT. 290 IN CNAME y.tesT.\nan y.tesT. 90 IN A 192.0.2.1\nns tesT. 190 IN NS ns.tesT.\nar ns.tesT. 390 IN AAAA 2001:db8::1"
+	want := "NOERROR\nan X.tesT. 290 IN CNAME y.test.\nan y.test. 90 IN A 192.0.2.1\nns test. 190 IN NS ns.test.\nar ns.test. 390 IN AAAA 2001:db8::1"
 	if diff := cmp.Diff(want, brief(got)); diff != "" {
 		t.Error(diff)
 	}
@@ -110,12 +106,14 @@ func TestReplyIsTruncated(t *testing.T) {
 	for i := range 40 {
 		r.Answer = append(r.Answer, records(t, fmt.Sprintf("x.test. 300 A 192.0.2.%d", i))...)
 	}
-	e := entryOf(t, asked(t, "x.test", dns.TypeA), &r, time.Now())
-	got := unpack(t, e.reply(nil, asked(t, "x.test", dns.TypeA), time.Now()))
+	e := entryOf(t, &r, time.Now())
+	q := asked(t, "x.test", dns.TypeA)
+	got := unpack(t, q.pack(e.reply(q, time.Now())))
 	if !got.Truncated || len(got.Answer) != 0 {
 		t.Errorf("without EDNS: %v", got)
 	}
-	got = unpack(t, e.reply(nil, asked(t, "x.test", dns.TypeA, func(m *dns.Msg) { m.SetEdns0(1232, false) }), time.Now()))
+	q = asked(t, "x.test", dns.TypeA, func(m *dns.Msg) { m.SetEdns0(1232, false) })
+	got = unpack(t, q.pack(e.reply(q, time.Now())))
 	if got.Truncated || len(got.Answer) != 40 {
 		t.Errorf("with EDNS: %v", got)
 	}
@@ -125,21 +123,21 @@ func TestCacheStates(t *testing.T) {
 	c := newCache(10)
 	at := time.Now()
 	q := asked(t, "x.test", dns.TypeA)
-	key := string(q.key())
+	key := q.key()
 	expect := func(after time.Duration, want state) {
 		t.Helper()
-		if e, got := c.get([]byte(key), at.Add(after)); got != want || (e == nil) != (want == missing) {
+		if e, got := c.get(key, at.Add(after)); got != want || (e == nil) != (want == missing) {
 			t.Errorf("after %s: state %d, want %d", after, got, want)
 		}
 	}
 	expect(0, missing)
-	c.put(key, failure(q, at), at)
+	c.put(key, failure(at), at)
 	expect(0, fresh)
 	expect(failureHold, missing)
-	c.put(key, entryOf(t, q, &dns.Msg{Answer: records(t, "x.test. 60 A 192.0.2.1")}, at), at)
+	c.put(key, entryOf(t, &dns.Msg{Answer: records(t, "x.test. 60 A 192.0.2.1")}, at), at)
 	expect(59*time.Second, fresh)
 	expect(60*time.Second, stale)
-	c.put(key, failure(q, at.Add(70*time.Second)), at.Add(70*time.Second))
+	c.put(key, failure(at.Add(70*time.Second)), at.Add(70*time.Second))
 	expect(70*time.Second, held)
 	expect(99*time.Second, held)
 	expect(100*time.Second, stale)
@@ -148,24 +146,24 @@ func TestCacheStates(t *testing.T) {
 	if c.len() != 0 {
 		t.Errorf("%d entries left", c.len())
 	}
-	c.put(key, entryOf(t, q, &dns.Msg{Answer: records(t, "x.test. 0 A 192.0.2.1")}, at), at)
+	c.put(key, entryOf(t, &dns.Msg{Answer: records(t, "x.test. 0 A 192.0.2.1")}, at), at)
 	expect(0, missing)
 }
 
 func TestCacheTellsQuestionsApart(t *testing.T) {
 	seen := map[string]bool{}
-	for _, q := range []*query{
+	for _, q := range []*request{
 		asked(t, "x.test", dns.TypeA), asked(t, "x.test", dns.TypeAAAA), asked(t, "y.test", dns.TypeA),
 		asked(t, "x.test", dns.TypeA, func(m *dns.Msg) { m.SetEdns0(1232, true) }),
 		asked(t, "x.test", dns.TypeA, func(m *dns.Msg) { m.CheckingDisabled = true }),
 	} {
-		seen[string(q.key())] = true
+		seen[q.key()] = true
 	}
-	for _, q := range []*query{
+	for _, q := range []*request{
 		asked(t, "X.TEST", dns.TypeA),
 		asked(t, "x.test", dns.TypeA, func(m *dns.Msg) { m.SetEdns0(512, false); m.RecursionDesired = false; m.AuthenticatedData = true }),
 	} {
-		seen[string(q.key())] = true
+		seen[q.key()] = true
 	}
 	if len(seen) != 5 {
 		t.Errorf("%d keys, want 5", len(seen))
@@ -177,13 +175,12 @@ func TestCacheEviction(t *testing.T) {
 	const size = 100
 	c := newCache(size)
 	at := time.Now()
-	add := func(i int) []byte {
-		q := asked(t, fmt.Sprintf("n%d.test", i), dns.TypeA)
-		key := append([]byte(nil), q.key()...)
-		c.put(string(key), entryOf(t, q, &dns.Msg{Answer: records(t, "x.test. 9999 A 192.0.2.1")}, at), at)
+	add := func(i int) string {
+		key := asked(t, fmt.Sprintf("n%d.test", i), dns.TypeA).key()
+		c.put(key, entryOf(t, &dns.Msg{Answer: records(t, "x.test. 9999 A 192.0.2.1")}, at), at)
 		return key
 	}
-	var popular [][]byte
+	var popular []string
 	for i := range 10 {
 		popular = append(popular, add(i))
 	}
@@ -208,7 +205,7 @@ func TestCacheEviction(t *testing.T) {
 	}
 	none := newCache(-1)
 	q := asked(t, "x.test", dns.TypeA)
-	none.put(string(q.key()), entryOf(t, q, &dns.Msg{Answer: records(t, "x.test. 9999 A 192.0.2.1")}, at), at)
+	none.put(q.key(), entryOf(t, &dns.Msg{Answer: records(t, "x.test. 9999 A 192.0.2.1")}, at), at)
 	if none.len() != 0 {
 		t.Error("a cache of no size keeps something")
 	}

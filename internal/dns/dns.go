@@ -39,7 +39,6 @@ type Config struct {
 	Address   []netip.Addr     // this node's service addresses, given for every name of the domain
 	Node      string           // this node's name, for its PTR records
 	Upstreams []netip.AddrPort // asked for all other names, in this order; none: they are refused
-	Parallel  bool             // ask all upstreams at once and take the first answer
 	CacheSize int              // answers of upstreams to keep; 0 is 10000, negative keeps none
 }
 
@@ -88,7 +87,7 @@ func New(cfg Config, feed *catalog.Feed, log *slog.Logger) (*Server, error) {
 	return &Server{
 		listen:  slices.Clone(cfg.Listen),
 		zone:    zone,
-		forward: newForwarder(upstreams, cfg.Parallel, newCache(cfg.CacheSize), log),
+		forward: newForwarder(upstreams, newCache(cfg.CacheSize), log),
 		log:     log,
 		slots:   make(chan struct{}, maxForwards),
 		conns:   make(chan struct{}, maxTCP),

@@ -30,7 +30,6 @@ const (
 // asked meanwhile wait for one answer, so that a loop of forwarders ends here.
 type forwarder struct {
 	upstreams []*upstream
-	parallel  bool
 	cache     *cache
 	log       *slog.Logger
 	exchange  func(ctx context.Context, to netip.AddrPort, m *dns.Msg) (*dns.Msg, error)
@@ -52,8 +51,8 @@ type flight struct {
 	e    *entry
 }
 
-func newForwarder(upstreams []netip.AddrPort, parallel bool, c *cache, log *slog.Logger) *forwarder {
-	f := &forwarder{parallel: parallel, cache: c, log: log, exchange: exchange, flights: map[string]*flight{}}
+func newForwarder(upstreams []netip.AddrPort, c *cache, log *slog.Logger) *forwarder {
+	f := &forwarder{cache: c, log: log, exchange: exchange, flights: map[string]*flight{}}
 	for _, addr := range upstreams {
 		f.upstreams = append(f.upstreams, &upstream{addr: addr})
 	}
@@ -62,10 +61,10 @@ func newForwarder(upstreams []netip.AddrPort, parallel bool, c *cache, log *slog
 
 // resolve returns the answer to q, waiting for upstreams if need be. It is an
 // expired one if they do not answer in time, and a failure if there is none.
-func (f *forwarder) resolve(ctx context.Context, q *query) *entry {
+func (f *forwarder) resolve(ctx context.Context, q *request) *entry {
 	now := time.Now()
-	key := string(q.key())
-	old, s := f.cache.get([]byte(key), now)
+	key := q.key()
+	old, s := f.cache.get(key, now)
 	if s == fresh || s == held {
 		return old
 	}
@@ -74,7 +73,7 @@ func (f *forwarder) resolve(ctx context.Context, q *query) *entry {
 		if old != nil {
 			return old
 		}
-		return failure(q, now)
+		return failure(now)
 	}
 	var impatient <-chan time.Time
 	if old != nil {
@@ -95,7 +94,7 @@ func (f *forwarder) resolve(ctx context.Context, q *query) *entry {
 
 // join returns the flight for key, taking off if there is none. It returns nil
 // if there are too many.
-func (f *forwarder) join(ctx context.Context, key string, q *query) *flight {
+func (f *forwarder) join(ctx context.Context, key string, q *request) *flight {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if fl := f.flights[key]; fl != nil {
@@ -118,24 +117,20 @@ func (f *forwarder) join(ctx context.Context, key string, q *query) *flight {
 }
 
 // fetch asks the upstreams.
-func (f *forwarder) fetch(ctx context.Context, q *query) *entry {
-	name, _, err := dns.UnpackDomainName(q.question, 0)
-	if err != nil {
-		return failure(q, time.Now())
-	}
+func (f *forwarder) fetch(ctx context.Context, q *request) *entry {
 	m := &dns.Msg{}
 	m.RecursionDesired = true
 	m.CheckingDisabled = q.cd
 	m.AuthenticatedData = true // tell us; who did not ask for it is not told
-	m.Question = []dns.Question{{Name: name, Qtype: q.qtype, Qclass: dns.ClassINET}}
+	m.Question = []dns.Question{q.question}
 	m.SetEdns0(maxUDPAnswer, q.do)
 	r := f.ask(ctx, m)
 	if r == nil {
-		return failure(q, time.Now())
+		return failure(time.Now())
 	}
-	e, err := newEntry(r, q, time.Now())
+	e, err := newEntry(r, time.Now())
 	if err != nil {
-		return failure(q, time.Now())
+		return failure(time.Now())
 	}
 	e.failed = !usable(r)
 	return e
@@ -164,11 +159,7 @@ func (f *forwarder) ask(ctx context.Context, m *dns.Msg) *dns.Msg {
 			u := order[started]
 			f.running.Go(func() { answers <- f.try(ctx, u, m.Copy()) })
 			started, open = started+1, open+1
-			if f.parallel {
-				turn.Reset(0)
-			} else {
-				turn.Reset(nextAfter)
-			}
+			turn.Reset(nextAfter)
 		case r := <-answers:
 			if r != nil && usable(r) {
 				return r

@@ -117,7 +117,7 @@ func answerTo(t testing.TB, s *Server, m *dns.Msg) *dns.Msg {
 	if err != nil {
 		t.Fatal(err)
 	}
-	reply, late := s.answer(new(query), pkt, nil, false, time.Now(), s.tallies[0])
+	reply, late := s.answer(pkt, false, time.Now(), s.tallies[0])
 	if late != nil {
 		t.Fatalf("%s is forwarded", m.Question[0].Name)
 	}

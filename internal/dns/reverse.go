@@ -58,29 +58,29 @@ func (x *reverse) remove(a netip.Addr, svc *catalog.Service) {
 	x.byAddr[a] = rest
 }
 
-// pointers returns the PTR records for name, an address under in-addr.arpa or
-// ip6.arpa: this node's name for its own addresses, and the names of endpoints.
-// It returns none if the address is not known here.
-func (z *zone) pointers(name string) []dns.RR {
+// point answers the question of r with PTR records, if it is for an address that is
+// known here: this node's name for its own addresses, and the names of endpoints.
+func (z *zone) point(r *dns.Msg) bool {
+	name := r.Question[0].Name
 	a, ok := reverseAddr(name)
 	if !ok {
-		return nil
+		return false
 	}
-	var rrs []dns.RR
 	add := func(target string) {
-		rrs = append(rrs, &dns.PTR{Hdr: head(name, dns.TypePTR), Ptr: target})
+		r.Answer = append(r.Answer, &dns.PTR{Hdr: head(name, dns.TypePTR), Ptr: target})
 	}
 	if slices.Contains(z.v4, a) || slices.Contains(z.v6, a) {
 		add(z.node)
 	}
 	for _, svc := range z.reverse.services(z.feed.Latest(), a) {
 		for i := range svc.Endpoints {
-			if len(rrs) < maxPTR && svc.Endpoints[i].Addr.Addr() == a {
+			if len(r.Answer) < maxPTR && svc.Endpoints[i].Addr.Addr() == a {
 				add(endpointName(svc, &svc.Endpoints[i], z.domain))
 			}
 		}
 	}
-	return rrs
+	r.Authoritative = len(r.Answer) > 0
+	return r.Authoritative
 }
 
 // reverseAddr returns the address that name stands for under in-addr.arpa or

@@ -86,16 +86,13 @@ func (s *Server) serveUDP(ctx context.Context, c *net.UDPConn, t *tally) error {
 	const batch = 32
 	const maxQuestion = 4096    // longer ones are cut off and so malformed
 	pc := ipv4.NewPacketConn(c) // reads and writes IPv6 as well
-	var in, out [batch]ipv4.Message
-	var buf [batch][]byte
+	in := make([]ipv4.Message, batch)
 	for i := range in {
 		in[i].Buffers = [][]byte{make([]byte, maxQuestion)}
-		out[i].Buffers = make([][]byte, 1)
-		buf[i] = make([]byte, 0, maxUDPAnswer)
 	}
-	var q query
+	out := make([]ipv4.Message, 0, batch)
 	for {
-		n, err := pc.ReadBatch(in[:], 0)
+		n, err := pc.ReadBatch(in, 0)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -104,24 +101,27 @@ func (s *Server) serveUDP(ctx context.Context, c *net.UDPConn, t *tally) error {
 			continue
 		}
 		now := time.Now()
-		replies := 0
+		replies := out
 		for i := range in[:n] {
 			from := in[i].Addr
-			reply, late := s.answer(&q, in[i].Buffers[0][:in[i].N], buf[i][:0], false, now, t)
+			reply, late := s.answer(in[i].Buffers[0][:in[i].N], false, now, t)
 			switch {
 			case late != nil:
-				s.later(ctx, late, t, func(reply []byte) { _, _ = c.WriteTo(reply, from) })
+				s.later(ctx, late, t, func(reply []byte) {
+					if reply != nil {
+						_, _ = c.WriteTo(reply, from)
+					}
+				})
 			case reply != nil:
-				out[replies].Buffers[0], out[replies].Addr = reply, from
-				replies++
+				replies = append(replies, ipv4.Message{Buffers: [][]byte{reply}, Addr: from})
 			}
 		}
-		for sent := 0; sent < replies; {
-			n, err := pc.WriteBatch(out[sent:replies], 0)
+		for len(replies) > 0 {
+			n, err := pc.WriteBatch(replies, 0)
 			if err != nil {
 				n = 1 // this one cannot be sent, the others may
 			}
-			sent += n
+			replies = replies[n:]
 		}
 	}
 }
@@ -172,13 +172,15 @@ func (s *Server) serveConn(ctx context.Context, c net.Conn) {
 	defer waiting.Wait()
 	var mu sync.Mutex // guards writing
 	write := func(reply []byte) {
+		if reply == nil {
+			return
+		}
 		mu.Lock()
 		defer mu.Unlock()
 		_ = c.SetWriteDeadline(time.Now().Add(tcpIdle))
 		_, _ = c.Write(append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(reply)), uint16(len(reply))), reply...))
 	}
 	t := s.tallies[len(s.tallies)-1]
-	var q query
 	buf := make([]byte, dns.MaxMsgSize)
 	for ctx.Err() == nil {
 		_ = c.SetReadDeadline(time.Now().Add(tcpIdle))
@@ -189,7 +191,7 @@ func (s *Server) serveConn(ctx context.Context, c net.Conn) {
 		if _, err := io.ReadFull(c, msg); err != nil {
 			return
 		}
-		reply, late := s.answer(&q, msg, nil, true, time.Now(), t)
+		reply, late := s.answer(msg, true, time.Now(), t)
 		switch {
 		case late != nil:
 			waiting.Add(1)
@@ -205,41 +207,10 @@ func (s *Server) serveConn(ctx context.Context, c net.Conn) {
 	}
 }
 
-// answer appends the reply to pkt to out. If the reply has to come from
-// upstreams it returns the question instead, for later; if pkt deserves no
-// answer it returns nothing. q is room to work in.
-func (s *Server) answer(q *query, pkt, out []byte, tcp bool, now time.Time, t *tally) (reply []byte, late *query) {
-	if q.parse(pkt, tcp) {
-		if reply := s.zone.fast(out, q); reply != nil {
-			t.local.Add(1)
-			return reply, nil
-		}
-		// Addresses of endpoints come before what upstreams say about them.
-		if q.qtype != dns.TypePTR {
-			if reply := s.cached(q, out, now, t); reply != nil {
-				return reply, nil
-			}
-		}
-	}
-	return s.slow(q, pkt, out, tcp, now, t)
-}
-
-// cached appends the answer to q if it can be given without asking upstreams.
-func (s *Server) cached(q *query, out []byte, now time.Time, t *tally) []byte {
-	e, st := s.forward.cache.get(q.key(), now)
-	switch st {
-	case fresh:
-		t.cached.Add(1)
-	case held:
-		t.stale.Add(1)
-	default:
-		return nil
-	}
-	return e.reply(out, q, now)
-}
-
-// slow does what answer does, for any packet.
-func (s *Server) slow(q *query, pkt, out []byte, tcp bool, now time.Time, t *tally) (reply []byte, late *query) {
+// answer returns the reply to pkt. If that has to come from upstreams it returns
+// the question instead, for later; if pkt deserves no answer it returns nothing.
+func (s *Server) answer(pkt []byte, tcp bool, now time.Time, t *tally) (reply []byte, late *request) {
+	const headerLen = 12
 	if len(pkt) < headerLen || pkt[2]&0x80 != 0 {
 		t.dropped.Add(1)
 		return nil, nil
@@ -247,61 +218,42 @@ func (s *Server) slow(q *query, pkt, out []byte, tcp bool, now time.Time, t *tal
 	m := new(dns.Msg)
 	err := m.Unpack(pkt)
 	rcode, opt := judge(m, err)
-	r := new(dns.Msg)
 	if rcode == dns.RcodeFormatError || rcode == dns.RcodeNotImplemented {
 		t.errors.Add(1)
-		out = append(out, pkt[0], pkt[1], 0x80|pkt[2]&0x79, byte(rcode)) // id, opcode and RD as sent
-		return append(out, 0, 0, 0, 0, 0, 0, 0, 0), nil
+		id, opcodeAndRD := pkt[:2], pkt[2]&0x79
+		return []byte{id[0], id[1], 0x80 | opcodeAndRD, byte(rcode), 0, 0, 0, 0, 0, 0, 0, 0}, nil
 	}
-	r.SetReply(m)
-	r.Compress = true
+	q := newRequest(m, opt, tcp)
+	r := q.reply()
 	r.RecursionAvailable = s.zone.recursive
-	q.setHeader(m.Id, binary.BigEndian.Uint16(pkt[2:]))
-	q.setEDNS(false, false, 0, tcp)
-	if opt != nil {
-		q.setEDNS(true, opt.Do(), int(opt.UDPSize()), tcp)
-		r.SetEdns0(maxUDPAnswer, opt.Do())
-	}
-	question := m.Question[0]
+	count := &t.local
 	switch {
 	case rcode != dns.RcodeSuccess:
-		r.Rcode = rcode
-	case s.zone.has(question.Name):
+		r.Rcode, count = rcode, &t.errors
+	case s.zone.has(q.question.Name):
 		s.zone.answer(r)
-		t.local.Add(1)
-		return s.pack(r, q, out, t), nil
-	case question.Qtype == dns.TypeANY:
-		r.Answer = []dns.RR{minimalANY(question.Name)}
-		t.local.Add(1)
-		return s.pack(r, q, out, t), nil
-	case question.Qtype == dns.TypePTR:
-		if r.Answer = s.zone.pointers(question.Name); r.Answer != nil {
-			r.Authoritative = true
-			t.local.Add(1)
-			return s.pack(r, q, out, t), nil
-		}
-		fallthrough
+	case q.question.Qtype == dns.TypeANY:
+		r.Answer = []dns.RR{minimalANY(q.question.Name)}
+	case q.question.Qtype == dns.TypePTR && s.zone.point(r): // before what upstreams say about our addresses
+	case !s.zone.recursive:
+		r.Rcode, count = dns.RcodeRefused, &t.errors
 	default:
-		if !s.zone.recursive {
-			r.Rcode = dns.RcodeRefused
-			break
+		e, st := s.forward.cache.get(q.key(), now)
+		switch st {
+		case fresh:
+			count = &t.cached
+		case held:
+			count = &t.stale
+		default:
+			return nil, q
 		}
-		var wire [maxName + 4]byte
-		n, err := dns.PackDomainName(question.Name, wire[:], 0, nil, false)
-		if err != nil {
-			r.Rcode = dns.RcodeFormatError
-			break
-		}
-		binary.BigEndian.PutUint16(wire[n:], question.Qtype)
-		binary.BigEndian.PutUint16(wire[n+2:], dns.ClassINET)
-		q.setQuestion(wire[:n+4])
-		if reply := s.cached(q, out, now, t); reply != nil {
-			return reply, nil
-		}
-		return nil, q.clone()
+		r = e.reply(q, now)
 	}
-	t.errors.Add(1)
-	return s.pack(r, q, out, t), nil
+	if reply = q.pack(r); reply == nil {
+		count = &t.dropped
+	}
+	count.Add(1)
+	return reply, nil
 }
 
 // judge returns how a message that may have failed to unpack is answered
@@ -334,36 +286,9 @@ func judge(m *dns.Msg, err error) (int, *dns.OPT) {
 	return dns.RcodeSuccess, opt
 }
 
-// pack appends r to out, without its additional records if it is too long for
-// the asker with them, and truncated if it is without them too.
-func (s *Server) pack(r *dns.Msg, q *query, out []byte, t *tally) []byte {
-	for {
-		wire, err := r.Pack()
-		if err == nil && len(wire) <= q.limit {
-			return append(out, wire...)
-		}
-		opt := r.IsEdns0()
-		short := 0
-		if opt != nil {
-			short = 1
-		}
-		switch {
-		case len(r.Extra) > short:
-			r.Extra = nil
-			if opt != nil {
-				r.Extra = []dns.RR{opt}
-			}
-		case len(r.Answer)+len(r.Ns) > 0:
-			r.Answer, r.Ns, r.Truncated = nil, nil, true
-		default:
-			t.dropped.Add(1)
-			return nil
-		}
-	}
-}
-
-// later gets the answer to q from upstreams and sends it. It returns at once.
-func (s *Server) later(ctx context.Context, q *query, t *tally, send func(reply []byte)) {
+// later gets the answer to q from upstreams and sends it; nil if it cannot be put on
+// the wire. It returns at once.
+func (s *Server) later(ctx context.Context, q *request, t *tally, send func(reply []byte)) {
 	give := func(e *entry) {
 		now := time.Now()
 		switch {
@@ -374,12 +299,12 @@ func (s *Server) later(ctx context.Context, q *query, t *tally, send func(reply 
 		default:
 			t.forwarded.Add(1)
 		}
-		send(e.reply(nil, q, now))
+		send(q.pack(e.reply(q, now)))
 	}
 	select {
 	case s.slots <- struct{}{}:
 	default:
-		give(failure(q, time.Now()))
+		give(failure(time.Now()))
 		return
 	}
 	s.running.Go(func() {

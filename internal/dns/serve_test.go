@@ -529,22 +529,21 @@ func FuzzPacket(f *testing.F) {
 		}
 	}
 	f.Add([]byte{}, false)
-	f.Add(make([]byte, headerLen), true)
+	f.Add(make([]byte, 12), true)
 	f.Add([]byte("\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\xc0\x0c\x00\x01\x00\x01"), false) // name that points to itself
 	f.Add(append([]byte("\x00\x01\x01\x00\xff\xff\xff\xff\xff\xff\xff\xff"), bytes.Repeat([]byte("\x3f"), 400)...), false)
 	cfg := testConfig()
 	cfg.Upstreams = []netip.AddrPort{netip.MustParseAddrPort("127.0.53.9:53")}
 	s := newServer(f, cfg, fleet(f))
-	q, out := new(query), make([]byte, 0, maxUDPAnswer)
 	f.Fuzz(func(t *testing.T, pkt []byte, tcp bool) {
 		now := time.Now()
-		reply, late := s.answer(q, pkt, out, tcp, now, s.tallies[0])
+		reply, late := s.answer(pkt, tcp, now, s.tallies[0])
 		if late != nil {
-			e, err := newEntry(&dns.Msg{Answer: records(t, ". 60 A 192.0.2.1")}, late, now)
+			e, err := newEntry(&dns.Msg{Answer: records(t, ". 60 A 192.0.2.1")}, now)
 			if err != nil {
 				t.Fatal(err)
 			}
-			reply = e.reply(nil, late, now)
+			reply = late.pack(e.reply(late, now))
 		}
 		if reply == nil {
 			return
@@ -556,7 +555,7 @@ func FuzzPacket(f *testing.F) {
 		if !tcp && len(reply) > maxUDPAnswer {
 			t.Fatalf("%d bytes", len(reply))
 		}
-		if again, _ := s.answer(new(query), reply, nil, tcp, now, s.tallies[0]); again != nil {
+		if again, _ := s.answer(reply, tcp, now, s.tallies[0]); again != nil {
 			t.Fatalf("an answer is answered: %x", again)
 		}
 		var m dns.Msg
@@ -584,12 +583,12 @@ func FuzzUpstream(f *testing.F) {
 		now := time.Now()
 		q := asked(t, "x.test", dns.TypeA)
 		q.limit = dns.MaxMsgSize
-		e, err := newEntry(r, q, now)
+		e, err := newEntry(r, now)
 		if err != nil {
 			return
 		}
 		for _, age := range []time.Duration{0, time.Second, time.Hour} {
-			got := unpack(t, e.reply(nil, q, now.Add(age)))
+			got := unpack(t, q.pack(e.reply(q, now.Add(age))))
 			if len(got.Answer) > len(r.Answer) || len(got.Question) != 1 {
 				t.Fatalf("%v became %v", r, got)
 			}

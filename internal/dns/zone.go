@@ -1,7 +1,6 @@
 package dns
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -29,15 +28,12 @@ const (
 // to leave ".local" to unicast DNS.
 type zone struct {
 	domain    string // fully qualified, lower case: "local."
-	wire      []byte // domain in wire form
 	labels    int    // in domain
 	v4, v6    []netip.Addr
 	node      string // this node's name in the domain, fully qualified
 	recursive bool   // there are upstreams
 	feed      *catalog.Feed
 	reverse   reverse
-
-	answersA, answersAAAA []byte // address records as the fast path appends them
 }
 
 func newZone(cfg Config, feed *catalog.Feed) (*zone, error) {
@@ -55,10 +51,6 @@ func newZone(cfg Config, feed *catalog.Feed) (*zone, error) {
 		return nil, fmt.Errorf("domain %q is longer than 100 characters", cfg.Domain)
 	}
 	z := &zone{domain: domain + ".", labels: len(labels), feed: feed}
-	for _, l := range labels {
-		z.wire = append(append(z.wire, byte(len(l))), l...)
-	}
-	z.wire = append(z.wire, 0)
 	z.node = "ns." + z.domain
 	if validLabel(cfg.Node) {
 		z.node = cfg.Node + "." + z.domain
@@ -69,10 +61,8 @@ func newZone(cfg Config, feed *catalog.Feed) (*zone, error) {
 			return nil, fmt.Errorf("%s is no address of a node", a)
 		case a.Is4():
 			z.v4 = append(z.v4, a)
-			z.answersA = appendAddress(z.answersA, dns.TypeA, a)
 		default:
 			z.v6 = append(z.v6, a)
-			z.answersAAAA = appendAddress(z.answersAAAA, dns.TypeAAAA, a)
 		}
 	}
 	if len(cfg.Address) == 0 {
@@ -80,78 +70,6 @@ func newZone(cfg Config, feed *catalog.Feed) (*zone, error) {
 	}
 	return z, nil
 }
-
-// appendAddress appends an address record whose owner is the question's name.
-func appendAddress(out []byte, rrtype uint16, a netip.Addr) []byte {
-	out = append(out, 0xc0, headerLen, 0, byte(rrtype), 0, dns.ClassINET, 0, 0, 0, localTTL)
-	ip := a.AsSlice()
-	return append(append(out, 0, byte(len(ip))), ip...)
-}
-
-// fast appends the answer to the question that all but a few ask: any type for
-// a name that every node answers with its own address. It returns nil if the
-// question is another one; answer says the same with more words.
-func (z *zone) fast(out []byte, q *query) []byte {
-	if q.qtype == 0 || q.qtype == dns.TypeOPT || q.qtype >= 128 && q.qtype < 256 {
-		return nil // not a type of record but a wish
-	}
-	above := q.labels - z.labels
-	if above < 1 {
-		return nil
-	}
-	name := q.lower[:q.nameLen]
-	domain := int(q.start[above])
-	if string(name[domain:]) != string(z.wire) {
-		return nil
-	}
-	switch string(name[q.start[above-1]:domain]) {
-	case "\x04_tcp", "\x04_udp":
-		return nil
-	case "\x04inst":
-		if above > 1 {
-			return nil
-		}
-	}
-	var records []byte
-	count := 0
-	switch q.qtype {
-	case dns.TypeA:
-		records, count = z.answersA, len(z.v4)
-	case dns.TypeAAAA:
-		records, count = z.answersAAAA, len(z.v6)
-	}
-	bits := uint16(bitAA)
-	if z.recursive {
-		bits |= bitRA
-	}
-	if count > 0 {
-		if headerLen+len(q.question)+len(records)+q.opts()*optLen > q.limit {
-			return nil
-		}
-		out = q.header(out, bits, count, 0, q.opts())
-		return q.opt(append(out, records...))
-	}
-	out = q.header(out, bits, 0, 1, q.opts())
-	return q.opt(appendSOA(out, uint16(headerLen+domain)))
-}
-
-// appendSOA appends the SOA record of the domain, which stands at offset at of
-// the message.
-func appendSOA(out []byte, at uint16) []byte {
-	ptr := 0xc000 | at
-	out = binary.BigEndian.AppendUint16(out, ptr)
-	const rdata = 1 + 2 + 2 + 1 + 10 + 2 + 5*4
-	out = append(out, 0, byte(dns.TypeSOA), 0, dns.ClassINET, 0, 0, 0, localTTL, 0, rdata)
-	out = binary.BigEndian.AppendUint16(append(out, "\x02ns"...), ptr)
-	out = binary.BigEndian.AppendUint16(append(out, "\x0ahostmaster"...), ptr)
-	for _, v := range soaTimes {
-		out = binary.BigEndian.AppendUint32(out, v)
-	}
-	return out
-}
-
-// soaTimes are serial, refresh, retry, expire and the time that absence holds.
-var soaTimes = [5]uint32{soaSerial, 3600, 600, 86400, localTTL}
 
 // has reports whether name (fully qualified) is the domain or below it.
 func (z *zone) has(name string) bool { return dns.IsSubDomain(z.domain, name) }
@@ -306,7 +224,7 @@ func head(name string, rrtype uint16) dns.RR_Header {
 func soa(domain string) dns.RR {
 	return &dns.SOA{
 		Hdr: head(domain, dns.TypeSOA), Ns: "ns." + domain, Mbox: "hostmaster." + domain,
-		Serial: soaTimes[0], Refresh: soaTimes[1], Retry: soaTimes[2], Expire: soaTimes[3], Minttl: soaTimes[4],
+		Serial: soaSerial, Refresh: 3600, Retry: 600, Expire: 86400, Minttl: localTTL,
 	}
 }
 

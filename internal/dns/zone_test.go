@@ -10,7 +10,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
-	"pgregory.net/rapid"
 )
 
 const denial = "ns %s 5 IN SOA ns.%s hostmaster.%s 1 3600 600 86400 5"
@@ -172,106 +171,14 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-// packet draws a message like those that the fast path is for, and unlike.
-func packet(t *rapid.T) []byte {
-	label := rapid.OneOf(
-		rapid.SampledFrom([]string{"web", "WEB", "_tcp", "_TCP", "_udp", "_web", "inst", "Inst", "ns", "hostmaster", "local", "LoCaL", "1", "two", "x"}),
-		rapid.StringMatching(`[a-zA-Z0-9_\-]{1,63}`),
-	)
-	labels := rapid.SliceOfN(label, 0, 3).Draw(t, "labels")
-	labels = append(labels, rapid.SampledFrom([]string{"local", "LOCAL", "loCal", "com", "xlocal"}).Draw(t, "last"))
-	m := new(dns.Msg)
-	m.Id = rapid.Uint16().Draw(t, "id")
-	m.RecursionDesired = rapid.Bool().Draw(t, "rd")
-	m.AuthenticatedData = rapid.Bool().Draw(t, "ad")
-	m.CheckingDisabled = rapid.Bool().Draw(t, "cd")
-	m.Zero = rapid.IntRange(0, 9).Draw(t, "z") == 0
-	qtype := rapid.OneOf(rapid.SampledFrom([]uint16{dns.TypeA, dns.TypeAAAA, dns.TypeTXT, dns.TypeHTTPS, dns.TypeANY, dns.TypeSRV}), rapid.Uint16()).Draw(t, "type")
-	m.Question = []dns.Question{{Name: strings.Join(labels, ".") + ".", Qtype: qtype, Qclass: dns.ClassINET}}
-	if rapid.Bool().Draw(t, "edns") {
-		m.SetEdns0(rapid.Uint16().Draw(t, "size"), rapid.Bool().Draw(t, "do"))
-		m.IsEdns0().SetVersion(uint8(rapid.IntRange(-9, 1).Draw(t, "version") & 1))
-	}
-	pkt, err := m.Pack()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pkt
-}
-
-// What the fast path says is what the slow path would have said.
-func TestFastEqualsSlow(t *testing.T) {
-	many := testConfig()
-	for i := range 13 {
-		many.Address = append(many.Address, netip.AddrFrom4([4]byte{10, 9, 1, byte(i)}))
-	}
-	only4 := testConfig()
-	only4.Address = only4.Address[:1]
-	only4.Upstreams = []netip.AddrPort{netip.MustParseAddrPort("127.0.53.9:53")}
-	deep := testConfig()
-	deep.Domain = "web.local"
-	servers := []*Server{newServer(t, testConfig(), fleet(t)), newServer(t, many, fleet(t)), newServer(t, only4, fleet(t)), newServer(t, deep, fleet(t))}
-	taken := 0
-	rapid.Check(t, func(t *rapid.T) {
-		pkt := packet(t)
-		s := servers[rapid.IntRange(0, len(servers)-1).Draw(t, "server")]
-		tcp := rapid.Bool().Draw(t, "tcp")
-		q := new(query)
-		if !q.parse(pkt, tcp) {
-			return
-		}
-		fast := s.zone.fast(nil, q)
-		if fast == nil {
-			return
-		}
-		taken++
-		slow, late := s.slow(new(query), pkt, nil, tcp, time.Now(), s.tallies[0])
-		if late != nil {
-			t.Fatalf("the slow path forwards")
-		}
-		var f, w dns.Msg
-		if err := f.Unpack(fast); err != nil {
-			t.Fatalf("fast: %v: %x", err, fast)
-		}
-		if err := w.Unpack(slow); err != nil {
-			t.Fatalf("slow: %v", err)
-		}
-		if diff := cmp.Diff(w.String(), f.String()); diff != "" {
-			t.Fatalf("slow - fast +:\n%s", diff)
-		}
-		if len(fast) > q.limit {
-			t.Fatalf("%d bytes for %d", len(fast), q.limit)
-		}
-	})
-	if taken < 10 {
-		t.Errorf("the fast path took %d questions", taken)
-	}
-}
-
-func TestFastPathDoesNotAllocate(t *testing.T) {
-	s := newServer(t, testConfig(), fleet(t))
-	for _, qtype := range []uint16{dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS} {
-		m := question("web.local", qtype)
-		m.SetEdns0(1232, false)
-		pkt, err := m.Pack()
-		if err != nil {
-			t.Fatal(err)
-		}
-		q, out, now := new(query), make([]byte, 0, maxUDPAnswer), time.Now()
-		if n := testing.AllocsPerRun(100, func() { s.answer(q, pkt, out, false, now, s.tallies[0]) }); n != 0 {
-			t.Errorf("%s: %v allocations", dns.TypeToString[qtype], n)
-		}
-	}
-}
-
-func BenchmarkFast(b *testing.B) {
+func BenchmarkAnswer(b *testing.B) {
 	s := newServer(b, testConfig(), fleet(b))
 	pkt, err := question("service-1234.local", dns.TypeA).Pack()
 	if err != nil {
 		b.Fatal(err)
 	}
-	q, out, now := new(query), make([]byte, 0, maxUDPAnswer), time.Now()
+	now := time.Now()
 	for b.Loop() {
-		s.answer(q, pkt, out, false, now, s.tallies[0])
+		s.answer(pkt, false, now, s.tallies[0])
 	}
 }

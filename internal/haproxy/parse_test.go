@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -223,6 +224,8 @@ func FuzzServerName(f *testing.F) {
 	})
 }
 
+// FuzzParse holds what is read to what was said: nothing comes out that is not in
+// the text, and what comes out reads the same when it is said again.
 func FuzzParse(f *testing.F) {
 	paths, err := filepath.Glob("testdata/[0-9]*/*")
 	if err != nil || len(paths) == 0 {
@@ -237,16 +240,60 @@ func FuzzParse(f *testing.F) {
 	}
 	f.Add("# bkname/svname used_cur\nx\n")
 	f.Add("# a,b\n\n,,,,\n")
-	f.Fuzz(func(_ *testing.T, text string) {
-		_, _ = ParseServers(text)
-		_ = ParseMap(text)
-		_ = ParseConns(text)
-		_ = ParseStats(text)
-		_ = ParseInfo(text)
-		_, _ = ParseVersion(text)
-		_ = parseAnswer(text)
-		_, _ = RouteOwner(text)
-		_, _ = ClassOf(text)
+	f.Fuzz(func(t *testing.T, text string) {
+		servers, err := ParseServers(text)
+		if err != nil && servers != nil {
+			t.Errorf("servers and an error: %v", err)
+		}
+		for backend, list := range servers {
+			for _, server := range list {
+				if !server.Addr.IsValid() || !strings.Contains(text, backend) || !strings.Contains(text, server.Name) || server.Addr.Addr().Is4In6() {
+					t.Errorf("server %+v of backend %q", server, backend)
+				}
+			}
+		}
+		var again strings.Builder
+		entries := ParseMap(text)
+		for key, value := range entries {
+			fmt.Fprintf(&again, "0x1 %s %s\n", key, value)
+		}
+		if got := ParseMap(again.String()); !maps.Equal(got, entries) {
+			t.Errorf("map %q is read again as %q", entries, got)
+		}
+		again.Reset()
+		info := ParseInfo(text)
+		for key, value := range info {
+			fmt.Fprintf(&again, "%s: %s\n", key, value)
+		}
+		if got := ParseInfo(again.String()); !maps.Equal(got, info) {
+			t.Errorf("info %q is read again as %q", info, got)
+		}
+		for server := range ParseConns(text) {
+			if strings.ContainsFunc(server, unicode.IsSpace) || !strings.Contains(text, server) {
+				t.Errorf("connections of %q", server)
+			}
+		}
+		for _, row := range ParseStats(text) {
+			for column, value := range row {
+				if value == "" || !strings.Contains(text, value) || strings.ContainsAny(column+value, ",\n") {
+					t.Errorf("statistics %q: %q", column, value)
+				}
+			}
+		}
+		if v, err := ParseVersion(text); err == nil {
+			if again, err := ParseVersion(v.Full); err != nil || again != v || !strings.Contains(text, v.Full) {
+				t.Errorf("version %+v is read again as %+v, %v", v, again, err)
+			}
+		}
+		if a := parseAnswer(text); a.Severity < 0 || a.Severity > 7 || !strings.Contains(text, a.Text) {
+			t.Errorf("answer %+v", a)
+		}
+		if backend, service := RouteOwner(text); !strings.HasPrefix(text, backend) || strings.Contains(backend+service, ":") {
+			t.Errorf("route owner %q, %q", backend, service)
+		}
+		if c, ok := ClassOf(text); ok && !strings.HasPrefix(text, c.Code()+".") {
+			t.Errorf("class %+v", c)
+		}
 	})
 }
 

@@ -9,7 +9,8 @@ shift 6
 mkdir -p "$group/boot"
 echo 0 >"$group/boot/cgroup.procs"
 mount -t overlay overlay -o "lowerdir=$lower,upperdir=$upper,workdir=$work" "$root"
-# What a killed predecessor left is gone by now: from here on the lock is of no use.
+# The lock kept other programs from starting the machine at the same time. From
+# here on they find its processes in the control group.
 exec 3>&-
 while :; do
 	# Nothing below /run outlives a boot, this directory of the host's included.

@@ -34,7 +34,7 @@ var packages = []string{
 	"ca-certificates", "procps", "less", "netcat-openbsd", "bind9-dnsutils", "busybox", "etcd-client",
 }
 
-// What dpkg leaves out; nobody reads manuals there.
+// What dpkg leaves out to keep it small.
 var leftOut = []string{"/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*"}
 
 // customize runs on the host with the new root file system as first argument.
@@ -72,7 +72,7 @@ func (h *Host) Image(ctx context.Context, release string) (string, error) {
 	}
 	defer held.release()
 	if h.ImageCached(release) {
-		return dir, nil // somebody else made it while this one waited
+		return dir, nil // another program made it while this one waited
 	}
 	began := time.Now()
 	h.Log.Info("making the root file system, once", "release", release, "path", dir)
@@ -94,8 +94,8 @@ func (h *Host) imageDir(release string) string {
 	return filepath.Join(h.Cache, release+"-"+hex.EncodeToString(sum[:6]))
 }
 
-// build makes the root file system beside dir and renames it. Nobody else does
-// so while held is: what an earlier build has left is removed first.
+// build makes the root file system beside dir and renames it, after it has removed
+// what interrupted builds have left. held is the lock of the cache.
 func (h *Host) build(ctx context.Context, release, dir string, held *held) error {
 	if err := h.removeLeft(); err != nil {
 		return err
@@ -169,7 +169,7 @@ func (h *Host) removeBuilds() error {
 	cancel()
 	held, err := lock(now, h.Cache)
 	if err != nil {
-		return nil // somebody builds, or nobody ever did
+		return nil // a build is going on, or there never was one
 	}
 	defer held.release()
 	return h.removeLeft()

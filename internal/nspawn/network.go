@@ -209,7 +209,7 @@ func (c *Cluster) removeNetwork(ctx context.Context) error {
 }
 
 // writeHosts writes the file that all machines of the cluster have as
-// /etc/hosts. They have the very file, so it is written in place.
+// /etc/hosts. It is mounted in them, so it is changed and not replaced.
 func (c *Cluster) writeHosts() error {
 	all, err := c.machines()
 	if err != nil || len(all) == 0 {
@@ -257,7 +257,7 @@ func nameservers(text string) []netip.Addr {
 	return list
 }
 
-// explainKernel adds what the kernel may be without.
+// explainKernel adds what the kernel may lack, and how to get it.
 func explainKernel(err error, what, modules string) error {
 	return fmt.Errorf("%w: if this kernel has no %s, load its modules (modprobe -a %s) or use another kernel", err, what, modules)
 }

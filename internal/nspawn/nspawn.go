@@ -5,9 +5,9 @@
 // file systems, namespaces and processes; it must not know what the machines are
 // for, what units or services are, or any other platform.
 //
-// What is made is written down before it is made, and what is written down is
-// forgotten only after it is gone. So whoever is killed at any moment leaves
-// something that Make continues and Destroy removes.
+// The record of a machine is written before anything else of it is made, and
+// removed after everything else of it is gone. A program that is killed at any
+// moment therefore leaves something that Make completes and Destroy removes.
 package nspawn
 
 import (
@@ -61,7 +61,7 @@ func (c *Cluster) make(ctx context.Context, s provision.Spec) (made machine, err
 		return made, err
 	}
 	if m, err := readMachine(c.machineDir(s.Name)); err == nil && m.State == stateLeaving {
-		if err := c.Destroy(ctx, s.Name); err != nil { // somebody did not come to the end of it
+		if err := c.Destroy(ctx, s.Name); err != nil { // an earlier Destroy was interrupted
 			return made, err
 		}
 	}
@@ -288,6 +288,9 @@ func (c *Cluster) withMachine(ctx context.Context, name string, do func(machine,
 
 // Run runs a command line on the machine: see provision.Provider.
 func (c *Cluster) Run(ctx context.Context, name, command string, std provision.Streams) error {
+	if _, err := readMachine(c.machineDir(name)); err != nil {
+		return fmt.Errorf("run a command on machine %s: %w", name, err)
+	}
 	var args []string
 	if command != "" {
 		args = []string{command}

@@ -280,6 +280,9 @@ func TestUnknown(t *testing.T) {
 	if _, err := c.Console(t.Context(), "n1"); !errors.Is(err, provision.ErrNotFound) {
 		t.Errorf("console: %v", err)
 	}
+	if err := c.Run(t.Context(), "n1", "true", provision.Streams{}); !errors.Is(err, provision.ErrNotFound) {
+		t.Errorf("run: %v", err)
+	}
 	if _, err := c.Make(t.Context(), provision.Spec{Name: "../x"}); err == nil {
 		t.Error("a machine with a bad name was made")
 	}

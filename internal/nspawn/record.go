@@ -54,7 +54,7 @@ type network struct {
 	V      int          `json:"v"`
 	Prefix netip.Prefix `json:"prefix"` // a /24; .1 is the host
 	Made   time.Time    `json:"made"`
-	// Labels are the creator's.
+	// Labels are what Found was given last.
 	Labels map[string]string `json:"labels,omitempty"`
 }
 
@@ -71,13 +71,13 @@ func checkName(what, name string) error {
 	return nil
 }
 
-// lockState holds what clusters there are.
+// lockState locks the list of the host's clusters.
 func (h *Host) lockState(ctx context.Context) (*held, error) {
 	for {
 		if err := os.MkdirAll(h.State, 0o711); err != nil {
 			return nil, err
 		}
-		// Whoever removes the last cluster removes the directory too.
+		// Removing the last cluster removes the directory too.
 		if held, err := lock(ctx, h.State); !errors.Is(err, provision.ErrNotFound) {
 			return held, err
 		}
@@ -254,7 +254,8 @@ func readMachine(dir string) (machine, error) {
 
 func (m machine) write() error { return writeJSON(filepath.Join(m.dir, "machine.json"), m) }
 
-// removeButLast removes a directory, the file last as the last one in it.
+// removeButLast removes a directory with all that is in it, the file last after
+// everything else.
 func removeButLast(dir, last string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -311,8 +312,8 @@ func directories(dir string) ([]string, error) {
 // held is the lock of a directory. Programs that inherit file hold it too.
 type held struct{ file *os.File }
 
-// lock waits until nobody else holds the directory. It returns provision.ErrNotFound if
-// the directory is not there, or no longer.
+// lock waits until no other program holds the directory, and holds it. It returns
+// provision.ErrNotFound if the directory is not there, or was removed meanwhile.
 func lock(ctx context.Context, dir string) (*held, error) {
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -322,7 +323,7 @@ func lock(ctx context.Context, dir string) (*held, error) {
 		return nil, err
 	}
 	var failed error
-	err = until(ctx, "whoever else works on "+dir, func() bool {
+	err = until(ctx, "another program that works on "+dir, func() bool {
 		failed = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		return !errors.Is(failed, unix.EWOULDBLOCK) && !errors.Is(failed, unix.EINTR)
 	})

@@ -15,9 +15,10 @@ import (
 	"flotilla/internal/nodeconfig"
 )
 
-// Provider is the machines that one cluster has on one platform. Whoever calls a
-// method may be killed at any moment: the next call of Make finishes what was
-// begun, and Destroy removes it. An unknown name is ErrNotFound, but for Destroy.
+// Provider is the machines that one cluster has on one platform. The program that
+// calls a method may be killed at any moment: the next call of Make completes the
+// machine, and Destroy removes what there is of it. For a machine that is not there
+// Power, Run and Console return ErrNotFound.
 type Provider interface {
 	// Make makes a machine and starts it, and returns when its systemd runs. A
 	// machine that is there is started if it is off, and stays as it was made.
