@@ -289,31 +289,37 @@ func (l *leadership) fail(b batch, err error) {
 
 // report logs what an operator would ask about.
 func (l *leadership) report(s Step) {
-	log := l.cfg.Log.With("unit", s.Unit, "node", s.Node, "reason", s.Reason)
+	log, text := l.cfg.Log.Info, ""
+	attributes := []any{"reason", s.Reason}
 	switch s.Do {
 	case Place:
 		l.note(func(st *Stats) { st.Placements++ })
-		if s.From != "" {
-			log = log.With("from", s.From)
-		}
-		log.Info("unit placed")
+		text = "unit placed"
 	case Leave:
 		l.note(func(st *Stats) { st.Releases++ })
-		log.Info("unit is to leave its node")
+		text = "unit is to leave its node"
 	case Refresh:
-		log.Info("unit placed again where it was")
+		text = "unit placed again where it was"
 	case Forget:
-		log.Info("unit forgotten with its node")
+		text = "unit forgotten with its node"
 	case Unplaced:
-		l.cfg.Log.Info("no node takes the unit", "unit", s.Unit, "reason", s.Reason)
+		text = "no node takes the unit"
 	case EndMove:
-		log.Info("move ended")
+		text = "move ended"
 	case Hold:
-		l.cfg.Log.Warn("units of nodes that are gone are held", "nodes", strings.Join(s.Failover.Held, ","), "reason", s.Reason,
-			"until", time.Unix(s.Failover.Until, 0))
+		log, text = l.cfg.Log.Warn, "units of nodes that are gone are held"
+		attributes = append(attributes, "nodes", strings.Join(s.Failover.Held, ","), "until", time.Unix(s.Failover.Until, 0))
 	case Allow, EndHold:
-		l.cfg.Log.Info("units of nodes that are gone are not held", "reason", s.Reason)
+		text = "units of nodes that are gone are not held"
+	case Approve, Clear:
+		return
 	}
+	for _, a := range [][2]string{{"unit", s.Unit}, {"node", s.Node}, {"from", s.From}} {
+		if a[1] != "" {
+			attributes = append(attributes, a[0], a[1])
+		}
+	}
+	log(text, attributes...)
 }
 
 // complain logs records that cannot be used, each once.

@@ -104,7 +104,12 @@ func (r *rig) feed(c *store.Client) *state.Feed {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- f.Run(ctx) }()
-	r.t.Cleanup(func() { cancel(); <-done })
+	r.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			r.t.Errorf("feed: %v", err)
+		}
+	})
 	return f
 }
 

@@ -21,15 +21,15 @@ const (
 
 // question is a pass in which nothing is decided. It does not know of back-offs,
 // which only the leader remembers.
-func question(s *state.Snapshot) *pass { return newPass(s, Memory{}.Saw(s), time.Time{}) }
+func question(s *state.Snapshot) *pass { return newPass(s, Memory{}.Saw(s), time.Time{}, true) }
 
 // find returns a unit of the pass, nil if it does not exist.
 func (p *pass) find(name string) *unitPlan {
-	i := slices.IndexFunc(p.units, func(u unitPlan) bool { return u.Name == name && u.Record.Exists() })
+	i := slices.IndexFunc(p.units, func(u *unitPlan) bool { return u.Name == name && u.Record.Exists() })
 	if i < 0 {
 		return nil
 	}
-	return &p.units[i]
+	return p.units[i]
 }
 
 // Explain says of every node what it is to the unit: the one it is on, one that

@@ -3,9 +3,10 @@ package engine
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
+
+	"flotilla/internal/unit"
 )
 
 // refusal is why a node does not take a unit, or does not keep it. It is turned
@@ -80,7 +81,7 @@ func (p *pass) evict(u *unitPlan, n *nodePlan) refusal {
 	if v := p.rival(u, func(v *unitPlan) bool { return before(v, u) }); v != nil {
 		return refusal{rival, v.Name}
 	}
-	if reserves(u) && n.lacksRoom() {
+	if reserves(u.Requirements) && n.lacksRoom() {
 		return n.firstCome(u)
 	}
 	return refusal{}
@@ -237,9 +238,8 @@ func (p *pass) drives(v, u *unitPlan) bool {
 	return false
 }
 
-// reserves reports whether the unit reserves any part of what a node has.
-func reserves(u *unitPlan) bool {
-	r := u.Requirements
+// reserves reports whether a unit reserves any part of what a node has.
+func reserves(r *unit.Requirements) bool {
 	return r.Memory != 0 || r.CPU != 0 || len(r.Counters) > 0
 }
 
@@ -333,7 +333,7 @@ func (p *pass) classOf(u *unitPlan) *class {
 	if u.class != nil {
 		return u.class
 	}
-	key := classKey(u)
+	key := classKey(u.Requirements)
 	c := p.classes[key]
 	if c == nil {
 		c = &class{has: make([]bool, len(p.nodes))}
@@ -350,20 +350,11 @@ func (p *pass) classOf(u *unitPlan) *class {
 }
 
 // classKey is the same for units that ask the same of a node's ID and metadata.
-func classKey(u *unitPlan) string {
-	r := u.Requirements
+func classKey(r *unit.Requirements) string {
 	if r.MachineID == "" && len(r.Metadata) == 0 && len(r.Where) == 0 {
 		return ""
 	}
-	var b strings.Builder
-	b.WriteString(r.MachineID)
-	for _, key := range slices.Sorted(maps.Keys(r.Metadata)) {
-		fmt.Fprintf(&b, "\x00%s=%q", key, r.Metadata[key])
-	}
-	for _, e := range r.Where {
-		fmt.Fprintf(&b, "\x01%s", e)
-	}
-	return b.String()
+	return fmt.Sprintf("%q %q %q", r.MachineID, r.Metadata, r.Where) // maps are printed in order
 }
 
 // requirementsKey is the same for units of which a node takes either all or none,
@@ -374,24 +365,14 @@ func (p *pass) requirementsKey(u *unitPlan) string {
 	if u.at != nil || u.goingTo != nil || u.backsOff || len(r.MachineOf)+len(r.Replaces) > 0 {
 		return ""
 	}
-	var b strings.Builder
-	b.WriteString("node " + classKey(u))
-	if reserves(u) {
-		fmt.Fprintf(&b, "\x02%d %d", r.Memory, r.CPU)
-		for _, name := range slices.Sorted(maps.Keys(r.Counters)) {
-			fmt.Fprintf(&b, " %s=%d", name, r.Counters[name])
+	key := fmt.Sprintf("%s %d %d %v", classKey(r), r.Memory, r.CPU, r.Counters)
+	if u.patterns != nil {
+		for _, list := range [][]*pattern{u.patterns.conflicts, u.patterns.conflictedBy, u.patterns.replacedBy} {
+			key += "/"
+			for _, pt := range list {
+				key += fmt.Sprintf(" %q", pt.text)
+			}
 		}
 	}
-	if u.patterns == nil {
-		return b.String()
-	}
-	for i, list := range [][]*pattern{u.patterns.conflicts, u.patterns.conflictedBy, u.patterns.replacedBy} {
-		texts := make([]string, 0, len(list))
-		for _, pt := range list {
-			texts = append(texts, pt.text)
-		}
-		slices.Sort(texts)
-		fmt.Fprintf(&b, "\x03%d%q", i, texts)
-	}
-	return b.String()
+	return key
 }

@@ -18,7 +18,8 @@ type pass struct {
 	now      time.Time
 	memory   Memory // its maps are this pass's own
 
-	units   []unitPlan // in no order
+	units   []*unitPlan // in no order
+	quiet   []quietUnit // the others
 	moving  []*unitPlan
 	globals []*unitPlan // that run on every node that they fit
 	nodes   map[string]*nodePlan
@@ -34,7 +35,6 @@ type pass struct {
 	classes map[string]*class
 	groups  map[string]*group // nil: not yet made
 	spread  map[string]map[string]bool
-	list    []*nodePlan // reused by pick
 
 	steps    []Step
 	next     time.Time         // when something is due; zero: nothing
@@ -50,12 +50,21 @@ type unitPlan struct {
 	goingTo  *nodePlan // where a place is reserved for it while it leaves at
 	global   bool      // it is one of pass.globals
 	leaving  bool      // it is to leave at
+	rank     int       // see rank
 	stepped  bool      // it has a step
 	backsOff bool      // the memory has nodes that it stays away from
 	patterns *unitPatterns
 	class    *class // nil: not yet looked up
 	group    *group // of its template, if it is spread; nil until pass.groups are made
 	nowhere  string // why it is on no node that is there, see noteUnplaced
+}
+
+// quietUnit is one of the units, nearly all in most passes, that run where they are
+// placed and have nothing to do with others. They are only counted.
+type quietUnit struct {
+	*state.Unit
+	name string // that of Unit, at hand
+	at   *nodePlan
 }
 
 // unitPatterns is what one unit has to do with patterns of Conflicts and
@@ -110,11 +119,11 @@ func troublesOf(n *state.Node) map[string]trouble {
 	return found
 }
 
-// newPass reads a snapshot. The maps of memory become those of the pass.
-func newPass(s *state.Snapshot, memory Memory, now time.Time) *pass {
+// newPass reads a snapshot. The maps of memory become those of the pass. No unit is
+// quiet if each is to be asked about.
+func newPass(s *state.Snapshot, memory Memory, now time.Time, each bool) *pass {
 	p := &pass{
-		snapshot: s, now: now, memory: memory,
-		nodes: make(map[string]*nodePlan, len(s.Nodes)), units: make([]unitPlan, len(s.Units)),
+		snapshot: s, now: now, memory: memory, nodes: make(map[string]*nodePlan, len(s.Nodes)), quiet: make([]quietUnit, 0, len(s.Units)),
 		named: map[string]*unitPlan{}, followers: map[string][]*unitPlan{},
 		classes: map[string]*class{}, spread: map[string]map[string]bool{}, hopeless: map[string]string{},
 	}
@@ -124,16 +133,18 @@ func newPass(s *state.Snapshot, memory Memory, now time.Time) *pass {
 	for key := range memory.backOff {
 		p.named[key.unit] = nil
 	}
-	i := 0
-	for _, record := range s.Units {
-		u := &p.units[i]
-		i++
-		u.Unit = record
-		p.addUnit(u)
+	for name, u := range s.Units {
+		at := p.nodeOf(u)
+		if r := u.Requirements; !each && at != nil && len(r.Conflicts)+len(r.Replaces) == 0 && !reserves(r) && isQuiet(u, at) {
+			at.load++
+			p.quiet = append(p.quiet, quietUnit{u, name, at})
+			continue
+		}
+		p.addUnit(u, at)
 	}
 	p.matchNames()
-	for i := range p.units {
-		if u := &p.units[i]; u.at != nil {
+	for _, u := range p.units {
+		if u.at != nil {
 			p.count(u.at, u, 1)
 		}
 	}
@@ -151,6 +162,18 @@ func newPass(s *state.Snapshot, memory Memory, now time.Time) *pass {
 	return p
 }
 
+// nodeOf returns the node on which a unit is placed, nil if it is not.
+func (p *pass) nodeOf(u *state.Unit) *nodePlan {
+	if !u.Placement.Exists() {
+		return nil
+	}
+	id := u.Placement.Value.Node
+	if n := p.nodes[id]; n != nil {
+		return n
+	}
+	return p.addNode(&state.Node{ID: id}) // it is gone and has no settings
+}
+
 func (p *pass) addNode(record *state.Node) *nodePlan {
 	n := &nodePlan{Node: record, index: len(p.nodes), present: record.Present(), generation: record.Generation(), troubles: troublesOf(record)}
 	n.unreadable = record.Record.Problem != "" || record.Settings.Problem != ""
@@ -164,15 +187,11 @@ func (p *pass) addNode(record *state.Node) *nodePlan {
 	return n
 }
 
-func (p *pass) addUnit(u *unitPlan) {
+func (p *pass) addUnit(record *state.Unit, at *nodePlan) *unitPlan {
+	u := &unitPlan{Unit: record, at: at, leaving: at != nil && record.Placement.Value.Leave != ""}
+	p.units = append(p.units, u)
 	r := u.Requirements
-	if u.Placement.Exists() {
-		id := u.Placement.Value.Node
-		if u.at = p.nodes[id]; u.at == nil { // it is gone and has no settings
-			u.at = p.addNode(&state.Node{ID: id})
-		}
-		u.leaving = u.Placement.Value.Leave != ""
-	} else if r.Global && u.Wanted() {
+	if at == nil && r.Global && u.Wanted() {
 		u.global = true
 		p.globals = append(p.globals, u)
 	}
@@ -186,33 +205,56 @@ func (p *pass) addUnit(u *unitPlan) {
 		p.followers[peer] = append(p.followers[peer], u)
 		p.named[peer] = nil
 	}
+	return u
 }
 
 // matchNames finds units by name: those that others refer to, and for each the
-// patterns that match its name.
+// patterns that match its name. A quiet unit that is found is not quiet any more.
 func (p *pass) matchNames() {
 	if len(p.named) == 0 && p.conflicts.none() && p.replaces.none() {
 		return
 	}
-	for i := range p.units {
-		u := &p.units[i]
-		if _, needed := p.named[u.Name]; needed {
-			p.named[u.Name] = u
-		}
-		conflictedBy, replacedBy := p.conflicts.match(u), p.replaces.match(u)
-		if conflictedBy == nil && replacedBy == nil {
-			continue
-		}
-		if u.patterns == nil {
-			u.patterns = &unitPatterns{}
-		}
-		u.patterns.conflictedBy, u.patterns.replacedBy = conflictedBy, replacedBy
+	for _, u := range p.units {
+		p.matchName(u.Name, func() *unitPlan { return u })
 	}
+	p.quiet = slices.DeleteFunc(p.quiet, func(q quietUnit) bool {
+		return p.matchName(q.name, func() *unitPlan {
+			q.at.load--
+			return p.addUnit(q.Unit, q.at)
+		})
+	})
 	for key := range p.memory.backOff {
 		if u := p.named[key.unit]; u != nil {
 			u.backsOff = true
 		}
 	}
+}
+
+// matchName reports whether a name is referred to, and if so notes by what with the
+// unit that it gets.
+func (p *pass) matchName(name string, get func() *unitPlan) bool {
+	_, named := p.named[name]
+	conflictedBy, replacedBy := p.conflicts.match(name), p.replaces.match(name)
+	if !named && conflictedBy == nil && replacedBy == nil {
+		return false
+	}
+	u := get()
+	if named {
+		p.named[name] = u
+	}
+	if conflictedBy == nil && replacedBy == nil {
+		return true
+	}
+	if u.patterns == nil {
+		u.patterns = &unitPatterns{}
+	}
+	u.patterns.conflictedBy, u.patterns.replacedBy = conflictedBy, replacedBy
+	for _, list := range [][]*pattern{conflictedBy, replacedBy} {
+		for _, pt := range list {
+			pt.names = append(pt.names, u)
+		}
+	}
+	return true
 }
 
 // placeGlobals finds out which global units run on the node, by the rules that
@@ -303,14 +345,15 @@ func (p *pass) count(n *nodePlan, u *unitPlan, by int) {
 	if !u.global {
 		n.placed = with(n.placed, u, by)
 	}
-	r := u.Requirements
-	n.memory += int64(by) * r.Memory
-	n.cpu += int64(by) * r.CPU
-	for name, amount := range r.Counters {
-		if n.counters == nil {
-			n.counters = map[string]int64{}
+	if r := u.Requirements; reserves(r) {
+		n.memory += int64(by) * r.Memory
+		n.cpu += int64(by) * r.CPU
+		for name, amount := range r.Counters {
+			if n.counters == nil {
+				n.counters = map[string]int64{}
+			}
+			n.counters[name] += int64(by) * amount
 		}
-		n.counters[name] += int64(by) * amount
 	}
 	if u.patterns != nil {
 		if n.owners == nil {
@@ -392,25 +435,21 @@ func (ps *patterns) one(text string) *pattern {
 	return pt
 }
 
-// match returns the patterns that match the unit's name, and notes the unit with
-// each of them.
-func (ps *patterns) match(u *unitPlan) []*pattern {
+// match returns the patterns that match a name.
+func (ps *patterns) match(name string) []*pattern {
 	var found []*pattern
-	if pt := ps.exact[u.Name]; pt != nil {
+	if pt := ps.exact[name]; pt != nil {
 		found = append(found, pt)
 	}
 	for _, n := range ps.lengths {
-		if n > len(u.Name) {
+		if n > len(name) {
 			continue
 		}
-		for _, pt := range ps.globs[u.Name[:n]] {
-			if ok, err := path.Match(pt.text, u.Name); ok && err == nil {
+		for _, pt := range ps.globs[name[:n]] {
+			if ok, err := path.Match(pt.text, name); ok && err == nil {
 				found = append(found, pt)
 			}
 		}
-	}
-	for _, pt := range found {
-		pt.names = append(pt.names, u)
 	}
 	return found
 }

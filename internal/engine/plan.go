@@ -103,13 +103,13 @@ type Result struct {
 // Plan returns what has to be done. The same input gives the same result, and
 // nothing of the input is changed.
 func Plan(in Input) Result {
-	p := newPass(in.Snapshot, in.Memory.Saw(in.Snapshot).clone(), in.Now)
+	p := newPass(in.Snapshot, in.Memory.Saw(in.Snapshot).clone(), in.Now, false)
 	p.brake()
 	p.expireBackOff()
 	p.reservePlaces()
 	var queue []*unitPlan
-	for i := range p.units {
-		if u := &p.units[i]; !p.settled(u) {
+	for _, u := range p.units {
+		if !u.settled() {
 			queue = append(queue, u)
 		}
 	}
@@ -117,14 +117,15 @@ func Plan(in Input) Result {
 		p.steps = slices.Grow(p.steps, len(queue))
 	}
 	for len(queue) > 0 {
-		for _, u := range ranked(queue) {
+		rank(queue)
+		for _, u := range queue {
 			if !u.stepped {
 				p.decide(u)
 			}
 		}
 		queue, p.again = p.again, nil
 	}
-	r := Result{Next: p.next, Units: len(p.units), Nodes: p.running, Unplaced: p.explainUnplaced()}
+	r := Result{Next: p.next, Units: len(in.Snapshot.Units), Nodes: p.running, Unplaced: p.explainUnplaced()}
 	r.Steps, r.Memory = p.steps, p.memory
 	return r
 }
@@ -153,64 +154,52 @@ func sameMap(a, b map[string]*state.Unit) bool {
 	return reflect.ValueOf(a).Pointer() == reflect.ValueOf(b).Pointer()
 }
 
-// settled is the quick answer for most units in most plans: nothing can be to do
-// about the unit, as its records are and as its node was when the plan began.
-// It may say no of a unit about which decide finds nothing to do either.
-func (p *pass) settled(u *unitPlan) bool {
+// isQuiet reports whether nothing can be to do about a unit at a node, as its
+// records are and as the node was when the pass began, unless other units are in
+// its way. It may say no of a unit about which decide finds nothing to do either.
+func isQuiet(u *state.Unit, at *nodePlan) bool {
 	if u.Move.Exists() || u.Unplaced.Exists() {
 		return false
 	}
-	if u.at == nil {
-		return !u.Wanted() || u.global
-	}
-	n, placement := u.at, &u.Placement.Value
+	r, placement := u.Requirements, &u.Placement.Value
 	switch {
-	case !n.present || n.keeps().kind != fits:
+	case at == nil:
+		return !u.Wanted() || r.Global
+	case !at.present:
 		return false
 	case !u.Wanted(): // the node stops it
 		return true
-	case placement.Leave != "" || placement.Generation != n.generation || placement.Approved != u.Hash || u.Problem != "":
+	case placement.Leave != "" || placement.Generation != at.generation || placement.Approved != u.Hash || u.Problem != "":
 		return false
 	}
-	r := u.Requirements
-	if r.Global || len(r.MachineOf) > 0 || u.patterns != nil || u.backsOff || reserves(u) && n.overbooked {
-		return false
-	}
-	if _, troubled := n.troubles[u.Name]; troubled {
-		return false
-	}
-	return n.unreadable || r.Mismatch(n.ID, n.Metadata) == ""
+	_, troubled := at.troubles[u.Name]
+	return !troubled && !r.Global && len(r.MachineOf) == 0 && at.keeps().kind == fits && (at.unreadable || r.Mismatch(at.ID, at.Metadata) == "")
 }
 
-// ranked sorts units into the order in which they get their place: those with
-// the fewest choices first, and units after the peers that they must be with.
-func ranked(units []*unitPlan) []*unitPlan {
-	type ranking struct {
-		u    *unitPlan
-		rank int
+// settled reports whether a unit is quiet and no other one can be in its way.
+func (u *unitPlan) settled() bool {
+	return u.patterns == nil && !u.backsOff && !(reserves(u.Requirements) && u.at != nil && u.at.overbooked) && isQuiet(u.Unit, u.at)
+}
+
+// rank sorts units into the order in which they get their place: those with the
+// fewest choices first, and units after the peers that they must be with.
+func rank(units []*unitPlan) {
+	for _, u := range units {
+		u.rank = rankOf(u)
 	}
-	all := make([]ranking, len(units))
-	for i, u := range units {
-		all[i] = ranking{u, rank(u)}
-	}
-	slices.SortFunc(all, func(a, b ranking) int {
-		return cmp.Or(cmp.Compare(a.rank, b.rank), strings.Compare(a.u.Name, b.u.Name))
+	slices.SortFunc(units, func(a, b *unitPlan) int {
+		return cmp.Or(cmp.Compare(a.rank, b.rank), strings.Compare(a.Name, b.Name))
 	})
-	sorted := make([]*unitPlan, len(all))
-	for i, r := range all {
-		sorted[i] = r.u
-	}
-	return sorted
 }
 
-func rank(u *unitPlan) int {
+func rankOf(u *unitPlan) int {
 	r := u.Requirements
 	switch {
 	case len(r.MachineOf) > 0:
 		return 3
 	case len(r.Replaces) > 0 || r.MachineID != "" || u.Move.Exists():
 		return 0
-	case len(r.Metadata) > 0 || len(r.Where) > 0 || u.patterns != nil || reserves(u):
+	case len(r.Metadata) > 0 || len(r.Where) > 0 || u.patterns != nil || reserves(u.Requirements):
 		return 1
 	}
 	return 2

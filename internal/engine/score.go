@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"flotilla/internal/state"
 	"flotilla/internal/text"
 )
 
@@ -68,10 +69,6 @@ func (p *pass) values(key string) map[string]bool {
 	return p.spread[key]
 }
 
-// fewNodes is up to how many nodes that a unit is for are sorted by themselves,
-// instead of looking for them among all nodes.
-const fewNodes = 32
-
 // pick returns the node that suits the unit best of those that take it, nil if
 // none does, and why that one.
 func (p *pass) pick(u *unitPlan) (*nodePlan, string) {
@@ -87,19 +84,10 @@ func (p *pass) pick(u *unitPlan) (*nodePlan, string) {
 			return nil, ""
 		}
 		if at != nil {
-			p.list = append(p.list[:0], at)
-			candidates, reason = p.list, "with "+with
+			candidates, reason = []*nodePlan{at}, "with "+with
 		}
-	case c.count <= fewNodes:
-		p.list = p.list[:0]
-		for _, n := range p.order {
-			if c.has[n.index] {
-				p.list = append(p.list, n)
-			}
-		}
-		if candidates = p.list; c.count == 1 {
-			reason = "the only node that it is for"
-		}
+	case c.count == 1:
+		reason = "the only node that it is for"
 	}
 	best := p.best(u)
 	var found *nodePlan
@@ -149,27 +137,29 @@ func (p *pass) praise(u *unitPlan, n *nodePlan, s score) string {
 	if g == nil {
 		return load
 	}
-	words := fmt.Sprintf("fewest instances of %s (%d", g.template, s.instances)
-	for i, key := range u.Requirements.SpreadOver {
-		if value := n.Metadata[key]; value != "" {
-			words += fmt.Sprintf(", %d with %s=%s", s.shared[i], key, value)
-		}
-	}
-	return words + ") and the " + load
+	numbers := append([]string{strconv.Itoa(s.instances)}, s.nearby(u, n)...)
+	return fmt.Sprintf("fewest instances of %s (%s) and the %s", g.template, strings.Join(numbers, ", "), load)
 }
 
 // measures gives the numbers of a score.
 func (p *pass) measures(u *unitPlan, n *nodePlan, s score) string {
-	var words []string
-	if g := p.groupOf(u); g != nil {
-		words = append(words, text.Count(s.instances, "instance")+" of "+g.template)
-		for i, key := range u.Requirements.SpreadOver {
-			if value := n.Metadata[key]; value != "" {
-				words = append(words, fmt.Sprintf("%d with %s=%s", s.shared[i], key, value))
-			}
+	units := text.Count(s.load, "unit")
+	g := p.groupOf(u)
+	if g == nil {
+		return units
+	}
+	numbers := append([]string{text.Count(s.instances, "instance") + " of " + g.template}, s.nearby(u, n)...)
+	return strings.Join(append(numbers, units), ", ")
+}
+
+// nearby gives the numbers of instances on nodes with the same metadata.
+func (s score) nearby(u *unitPlan, n *nodePlan) (numbers []string) {
+	for i, key := range u.Requirements.SpreadOver {
+		if value := n.Metadata[key]; value != "" {
+			numbers = append(numbers, fmt.Sprintf("%d with %s=%s", s.shared[i], key, value))
 		}
 	}
-	return strings.Join(append(words, text.Count(s.load, "unit")), ", ")
+	return numbers
 }
 
 // group is the instances of one template that are to be spread, and where they
@@ -192,40 +182,49 @@ func (p *pass) groupOf(u *unitPlan) *group {
 
 func (p *pass) makeGroups() {
 	p.groups = map[string]*group{}
-	for i := range p.units {
-		u := &p.units[i]
-		r := u.Requirements
-		if !r.Spread || r.Global {
-			continue
+	for _, u := range p.units {
+		u.group = p.join(u.Unit)
+	}
+	// All keys of over are known only when all instances are.
+	joined := make([]*group, len(p.quiet))
+	for i, q := range p.quiet {
+		joined[i] = p.join(q.Unit)
+	}
+	for i, q := range p.quiet {
+		if joined[i] != nil {
+			joined[i].count(q.at, 1)
 		}
-		template := templateOf(u.Name)
-		if template == "" {
-			continue
-		}
-		g := p.groups[template]
-		if g == nil {
-			g = &group{template: template, on: map[*nodePlan]int{}, nodes: []int{len(p.order)}, over: map[string]map[string]int{}}
-			p.groups[template] = g
-		}
-		for _, key := range r.SpreadOver {
-			if g.over[key] == nil {
-				g.over[key] = map[string]int{}
+	}
+	for _, u := range p.units {
+		for _, n := range []*nodePlan{u.at, u.goingTo} {
+			if u.group != nil && n != nil {
+				u.group.count(n, 1)
 			}
 		}
-		u.group = g
 	}
-	for i := range p.units {
-		u := &p.units[i]
-		if u.group == nil {
-			continue
-		}
-		if u.at != nil {
-			u.group.count(u.at, 1)
-		}
-		if u.goingTo != nil {
-			u.group.count(u.goingTo, 1)
+}
+
+// join returns the group of a unit, nil if it is not spread.
+func (p *pass) join(u *state.Unit) *group {
+	r := u.Requirements
+	if !r.Spread || r.Global {
+		return nil
+	}
+	template := templateOf(u.Name)
+	if template == "" {
+		return nil
+	}
+	g := p.groups[template]
+	if g == nil {
+		g = &group{template: template, on: map[*nodePlan]int{}, nodes: []int{len(p.order)}, over: map[string]map[string]int{}}
+		p.groups[template] = g
+	}
+	for _, key := range r.SpreadOver {
+		if g.over[key] == nil {
+			g.over[key] = map[string]int{}
 		}
 	}
+	return g
 }
 
 // count adds instances on a node, or takes them away.

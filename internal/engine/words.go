@@ -8,51 +8,77 @@ import (
 	"strings"
 
 	"flotilla/internal/text"
+	"flotilla/internal/unit"
 )
+
+// phrases returns the words for a refusal: what to say of a unit and a node, and of
+// a number of nodes, one or many. {} is what the refusal is about.
+func phrases(kind refusalKind) (say, one, many string) {
+	switch kind {
+	case notThere:
+		return "the node is gone", "is gone", "are gone"
+	case unreadable:
+		return "the node's records cannot be read by this version: upgrade it", "has records that this version cannot read", "have records that this version cannot read"
+	case noUnits:
+		return "the node runs no units", "runs no units", "run no units"
+	case draining:
+		return "the node is drained", "is drained", "are drained"
+	case cordoned:
+		return "the node is cordoned", "is cordoned", "are cordoned"
+	case backingOff:
+		return "it was in trouble there", "is left out for a while because of trouble", "are left out for a while because of trouble"
+	case peer:
+		return "it has to be with {}", "is not with {}", "are not with {}"
+	case conflict:
+		return "it conflicts with {} there", "conflicts with {}", "conflict with {}"
+	case replaced:
+		return "{} there replaces it", "has {}, which replaces it", "have {}, which replaces it"
+	case rival:
+		return "it and {} replace each other, and {} was placed first", "", "" // the same for all nodes
+	case entangled:
+		return "it replaces {} there, which would make it leave in turn", "has {}, which would make it leave if it were replaced", "have {}, which would make it leave if it were replaced"
+	case noMemory:
+		return "bytes of memory", "has too little memory", "have too little memory"
+	case noCPU:
+		return "thousandths of a core", "has too little CPU", "have too little CPU"
+	case noCounter:
+		return "", "has too little {}", "have too little {}"
+	}
+	return "", "is out of the question", "are out of the question"
+}
 
 // say puts a refusal in words about one node: "it conflicts with a.service there".
 func (p *pass) say(why refusal, u *unitPlan, n *nodePlan) string {
-	because := func(s string) string {
-		if why.other != "" {
-			return s + ": " + why.other
-		}
-		return s
-	}
 	want := u.Requirements
+	say, _, _ := phrases(why.kind)
+	say = strings.ReplaceAll(say, "{}", p.about(why))
+	short := func(free, has, reserved int64) string {
+		return fmt.Sprintf("%d %s are free of %d, and it reserves %d", max(0, free), say, has, reserved)
+	}
 	switch why.kind {
 	case mismatch:
 		return want.Mismatch(n.ID, n.Metadata)
-	case peer:
-		return "it has to be with " + p.whereabouts(why.other)
-	case conflict:
-		return "it conflicts with " + why.other + " there"
-	case replaced:
-		return why.other + " there replaces it"
-	case rival:
-		return "it and " + why.other + " replace each other, and " + why.other + " was placed first"
-	case entangled:
-		return "it replaces " + why.other + " there, which would make it leave in turn"
-	case notThere:
-		return "the node is gone"
-	case unreadable:
-		return "the node's records cannot be read by this version: upgrade it"
-	case noUnits:
-		return "the node runs no units"
-	case draining:
-		return because("the node is drained")
-	case cordoned:
-		return because("the node is cordoned")
-	case backingOff:
-		return because("it was in trouble there")
+	case draining, cordoned, backingOff:
+		if why.other != "" {
+			return say + ": " + why.other
+		}
 	case noMemory:
-		return fmt.Sprintf("%d bytes of memory are free of %d, and it reserves %d", max(0, n.free().memory), n.Record.Value.Memory, want.Memory)
+		return short(n.free().memory, n.Record.Value.Memory, want.Memory)
 	case noCPU:
-		return fmt.Sprintf("%d thousandths of a core are free of %d, and it reserves %d", max(0, n.free().cpu), n.Record.Value.CPU, want.CPU)
+		return short(n.free().cpu, n.Record.Value.CPU, want.CPU)
 	case noCounter:
 		free := n.free()
 		return fmt.Sprintf("%d of %d %s are free, and it reserves %d", max(0, free.counter(why.other)), n.Record.Value.Counters[why.other], why.other, want.Counters[why.other])
 	}
-	return ""
+	return say
+}
+
+// about names what a refusal is about.
+func (p *pass) about(why refusal) string {
+	if why.kind == peer {
+		return p.whereabouts(why.other)
+	}
+	return why.other
 }
 
 // whereabouts names a unit that another one must be with, and says where it is.
@@ -76,49 +102,22 @@ func (p *pass) whereabouts(name string) string {
 // tally puts a refusal in words about one or many nodes, without their number:
 // "conflicts with a.service", "conflict with a.service".
 func (p *pass) tally(why refusal, u *unitPlan, n *nodePlan) (one, many string) {
-	both := func(one, many, rest string) (string, string) { return one + " " + rest, many + " " + rest }
-	switch why.kind {
-	case mismatch:
-		r := u.Requirements
-		if r.MachineID != "" && r.MachineID != n.ID && (len(n.ID) < 8 || r.MachineID != n.ID[:8]) {
-			return both("is", "are", "not node "+r.MachineID)
-		}
-		for _, key := range slices.Sorted(maps.Keys(r.Metadata)) {
-			if values := r.Metadata[key]; !slices.Contains(values, n.Metadata[key]) {
-				return both("has", "have", "no "+key+"="+strings.Join(values, " or "))
-			}
-		}
-		for _, e := range r.Where {
-			if !e.Match(n.Metadata) {
-				return both("is", "are", "not where "+e.String())
-			}
-		}
-	case peer:
-		return both("is", "are", "not with "+p.whereabouts(why.other))
-	case conflict:
-		return both("conflicts", "conflict", "with "+why.other)
-	case replaced:
-		return both("has", "have", why.other+", which replaces it")
-	case entangled:
-		return both("has", "have", why.other+", which would make it leave if it were replaced")
-	case unreadable:
-		return both("has", "have", "records that this version cannot read")
-	case noUnits:
-		return both("runs", "run", "no units")
-	case draining:
-		return both("is", "are", "drained")
-	case cordoned:
-		return both("is", "are", "cordoned")
-	case backingOff:
-		return both("is", "are", "left out for a while because of trouble")
-	case noMemory:
-		return both("has", "have", "too little memory")
-	case noCPU:
-		return both("has", "have", "too little CPU")
-	case noCounter:
-		return both("has", "have", "too little "+why.other)
+	if why.kind != mismatch {
+		_, one, many = phrases(why.kind)
+		return strings.ReplaceAll(one, "{}", p.about(why)), strings.ReplaceAll(many, "{}", p.about(why))
 	}
-	return both("is", "are", "out of the question")
+	r := u.Requirements
+	if r.MachineID != "" && r.MachineID != n.ID && (len(n.ID) < 8 || r.MachineID != n.ID[:8]) {
+		return "is not node " + r.MachineID, "are not node " + r.MachineID
+	}
+	for _, key := range slices.Sorted(maps.Keys(r.Metadata)) {
+		if values := r.Metadata[key]; !slices.Contains(values, n.Metadata[key]) {
+			lacks := " no " + key + "=" + strings.Join(values, " or ")
+			return "has" + lacks, "have" + lacks
+		}
+	}
+	i := slices.IndexFunc(r.Where, func(e *unit.Expr) bool { return !e.Match(n.Metadata) })
+	return "is not where " + r.Where[i].String(), "are not where " + r.Where[i].String()
 }
 
 // shownReasons is how many different reasons a summary gives.

@@ -88,12 +88,18 @@ func batches(k state.Keys, steps []Step) iter.Seq[batch] {
 		b := batch{guards: map[guard]struct{}{}}
 		for _, s := range steps {
 			changes, guards := s.writes(k)
-			if len(b.steps) > 0 && !b.hasRoom(changes, guards) {
+			size := 0
+			for _, c := range changes {
+				size += len(c.key) + len(c.value)
+			}
+			full := len(b.ops)+len(changes) > store.MaxOps || len(b.conds)+len(guards) >= store.MaxOps || b.size+size > maxBytes
+			if full && len(b.steps) > 0 {
 				if !yield(b) {
 					return
 				}
 				b = batch{guards: map[guard]struct{}{}}
 			}
+			b.size += size
 			b.add(s, changes, guards)
 		}
 		if len(b.steps) > 0 {
@@ -102,20 +108,8 @@ func batches(k state.Keys, steps []Step) iter.Seq[batch] {
 	}
 }
 
-func (b *batch) hasRoom(changes []change, guards []guard) bool {
-	return len(b.ops)+len(changes) <= store.MaxOps && len(b.conds)+len(guards) < store.MaxOps && b.size+size(changes) <= maxBytes
-}
-
-func size(changes []change) (n int) {
-	for _, c := range changes {
-		n += len(c.key) + len(c.value)
-	}
-	return n
-}
-
 func (b *batch) add(s Step, changes []change, guards []guard) {
 	b.steps = append(b.steps, s)
-	b.size += size(changes)
 	for _, c := range changes {
 		if c.delete {
 			b.ops = append(b.ops, store.Delete(c.key))

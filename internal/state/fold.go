@@ -142,10 +142,16 @@ func (d *draft) putUnit(kind, name string, kv store.KV) {
 				u.Placement.Problem = err.Error()
 			}
 		}
+		if n := d.next.Nodes[u.Placement.Value.Node]; n != nil {
+			u.Placement.Value.Node = n.ID // the same string in memory
+		}
 	case "cluster/unplaced":
 		assign(d, &u.Unplaced, was.Unplaced, kv)
 	case "cluster/moves":
 		assign(d, &u.Move, was.Move, kv)
+	}
+	if u.Placement.Value.Approved == u.Hash {
+		u.Placement.Value.Approved = u.Hash // the same string in memory
 	}
 }
 
