@@ -50,6 +50,7 @@ var packages = map[string]struct {
 	"dns":    {layer: 5, mustNotKnow: []string{"haproxy"}},
 	"engine": {layer: 5, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 	"router": {layer: 5},
+	"wait":   {layer: 5, mustNotKnow: []string{"systemd", "haproxy", "catalog"}},
 
 	"api":  {layer: 6, mustNotKnow: []string{"systemd", "haproxy", "agent", "router", "dns"}},
 	"logs": {layer: 6, mustNotKnow: []string{"haproxy", "catalog", "remote"}},

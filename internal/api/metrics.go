@@ -27,6 +27,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("flotilla_"+name, help, labels, nil)
 }
 
+// What is collected more than once in a scrape, or has a name that fleet gave it.
 var (
 	descRequests    = desc("service_requests_total", "Answers that HAProxy gave for a service, by class of the status code (2xx ...).", "service", "code")
 	descConnections = desc("service_connections_total", "Sessions that HAProxy handed to a service.", "service")
@@ -39,49 +40,17 @@ var (
 	descTotal       = desc("service_total_seconds", "Average whole time of the last 1,024 requests.", "service")
 	descEndpoints   = desc("service_endpoints", "Endpoints of a service, by whether they take new connections.", "service", "state")
 
-	descInfo      = desc("node_info", "Always 1; the labels name the node and the versions it runs.", "node", "version", "haproxy_version")
-	descServices  = desc("services", "Services in the catalog, routable or not.")
-	descProblems  = desc("problems", "Keys with a problem, of all services and of this node.")
-	descServing   = desc("router_serving", "1 while HAProxy answers and runs the applied catalog.")
-	descDraining  = desc("router_draining", "1 while the balancer's check answers 503 on request.")
-	descReloads   = desc("reloads_total", "Reloads of HAProxy asked for since the node started.")
-	descResyncs   = desc("router_resyncs_total", "Full comparisons with HAProxy.")
-	descRouterFix = desc("router_drift_total", "Differences in HAProxy that audits found and removed.")
-	descCommands  = desc("router_commands_total", "Runtime API commands sent to HAProxy.")
 	descSlots     = desc("router_slots", "Backends declared in HAProxy, by whether a service has them.", "state")
 	descScrapeBad = desc("service_scrape_failed", "1 if HAProxy's counters could not be read for this scrape.")
 
-	descConfirmed = desc("store_last_confirmed_seconds", "Unix time when the catalog was last proved current; 0 if never.")
-	descLive      = desc("store_live", "1 while the catalog is proved current.")
-	descFollowed  = desc("store_revision", "Store revision up to which the watch was followed.")
-	descDrift     = desc("store_drift_total", "Periodic comparisons with the store that found a missed change. It must stay 0.")
-	descRestarts  = desc("store_watch_restarts_total", "Watches of the store that had to be started again.")
-	descLists     = desc("store_lists_total", "Full reads of the catalog from the store.")
-	descRevision  = desc("state_revision", "Store revision of the newest catalog on this node.")
-	descApplied   = desc("applied_revision", "Store revision of the catalog that HAProxy runs.")
-	descSource    = desc("state_source", "1 for the source of the catalog: live, snapshot (disk) or none.", "source")
-	descHeld      = desc("held_endpoints", "Endpoints that vanished at once and stay routed until that is confirmed.")
+	descUnits = desc("node_units", "Units on this node, by systemd's active state.", "active")
 
-	descLeading    = desc("engine_leading", "1 on the node whose engine places units.")
-	descPlacements = desc("engine_placements_total", "Units that this node's engine placed.")
-	descReleases   = desc("engine_releases_total", "Units that this node's engine told to leave their node.")
-	descFailures   = desc("engine_failures_total", "Steps that this node's engine could not write as planned; it plans them again.")
-	descPlan       = desc("engine_last_plan_seconds", "Time that the last plan took.")
-	descKnown      = desc("units_known", "Units that the leading engine knows; only on its node.")
-	descUnplaced   = desc("units_unplaced", "Units that should run and have no node; only on the leader's node.")
-	descNodes      = desc("nodes", "Nodes that run units; only on the leader's node.")
-	descUnits      = desc("node_units", "Units on this node, by systemd's active state.", "active")
-	descTroubled   = desc("node_units_troubled", "Units that cannot run on this node.")
-
-	// The names that fleet gave to some of these.
 	descFleetSince  = prometheus.NewDesc("fleet_engine_leader_start_time", "Start time of leadership, Unix seconds; 0 on followers.", nil, nil)
 	descFleetTasks  = prometheus.NewDesc("fleet_engine_task_count_total", "Changes of placements.", nil, nil)
 	descFleetFailed = prometheus.NewDesc("fleet_engine_task_failure_count_total", "Changes of placements that failed.", nil, nil)
 	descFleetPasses = prometheus.NewDesc("fleet_engine_reconcile_count_total", "Passes of the engine.", nil, nil)
 
-	descQueries  = desc("dns_queries_total", "DNS questions by how they were answered.", "answered")
-	descUpstream = desc("dns_upstream_failures_total", "Tries of an upstream resolver that failed.")
-	descCache    = desc("dns_cache_entries", "Answers of upstream resolvers in the cache.")
+	descQueries = desc("dns_queries_total", "DNS questions by how they were answered.", "answered")
 )
 
 func newMetrics(s *Server) *metrics {
@@ -126,8 +95,8 @@ func (m *metrics) collectDNS(d wire.DNSStats, gauge gaugeFunc, counter counterFu
 	counter(descQueries, d.Stale, "stale")
 	counter(descQueries, d.Errors, "error")
 	counter(descQueries, d.Dropped, "dropped")
-	counter(descUpstream, d.UpstreamFailures)
-	gauge(descCache, float64(d.CacheEntries))
+	counter(desc("dns_upstream_failures_total", "Tries of an upstream resolver that failed."), d.UpstreamFailures)
+	gauge(desc("dns_cache_entries", "Answers of upstream resolvers in the cache."), float64(d.CacheEntries))
 }
 
 // collectUnits reads the engine and what runs on this node.
@@ -137,15 +106,15 @@ func (m *metrics) collectUnits(gauge gaugeFunc, counter counterFunc) {
 		since := 0.0
 		if e.Leading {
 			since = float64(e.Since.UnixMilli()) / 1000
-			gauge(descKnown, float64(e.Units))
-			gauge(descUnplaced, float64(e.Unplaced))
-			gauge(descNodes, float64(e.Nodes))
+			gauge(desc("units_known", "Units that the leading engine knows; only on its node."), float64(e.Units))
+			gauge(desc("units_unplaced", "Units that should run and have no node; only on the leader's node."), float64(e.Unplaced))
+			gauge(desc("nodes", "Nodes that run units; only on the leader's node."), float64(e.Nodes))
 		}
-		gauge(descLeading, one(e.Leading))
-		counter(descPlacements, e.Placements)
-		counter(descReleases, e.Releases)
-		counter(descFailures, e.Failures)
-		gauge(descPlan, e.LastPass.Seconds())
+		gauge(desc("engine_leading", "1 on the node whose engine places units."), one(e.Leading))
+		counter(desc("engine_placements_total", "Units that this node's engine placed."), e.Placements)
+		counter(desc("engine_releases_total", "Units that this node's engine told to leave their node."), e.Releases)
+		counter(desc("engine_failures_total", "Steps that this node's engine could not write as planned; it plans them again."), e.Failures)
+		gauge(desc("engine_last_plan_seconds", "Time that the last plan took."), e.LastPass.Seconds())
 		gauge(descFleetSince, since)
 		counter(descFleetTasks, e.Placements+e.Releases)
 		counter(descFleetFailed, e.Failures)
@@ -166,20 +135,20 @@ func (m *metrics) collectUnits(gauge gaugeFunc, counter counterFunc) {
 	for state, n := range active {
 		gauge(descUnits, float64(n), state)
 	}
-	gauge(descTroubled, float64(troubled))
+	gauge(desc("node_units_troubled", "Units that cannot run on this node."), float64(troubled))
 }
 
 type gaugeFunc func(d *prometheus.Desc, v float64, labels ...string)
 type counterFunc func(d *prometheus.Desc, v uint64, labels ...string)
 
 func (m *metrics) collectRouter(r wire.RouterStatus, gauge gaugeFunc, counter counterFunc) {
-	gauge(descServing, one(r.Serving))
-	gauge(descDraining, one(r.Draining))
-	gauge(descApplied, float64(r.Applied))
-	counter(descReloads, r.Reloads)
-	counter(descResyncs, r.Resyncs)
-	counter(descRouterFix, r.Drift)
-	counter(descCommands, r.Commands)
+	gauge(desc("router_serving", "1 while HAProxy answers and runs the applied catalog."), one(r.Serving))
+	gauge(desc("router_draining", "1 while the balancer's check answers 503 on request."), one(r.Draining))
+	gauge(desc("applied_revision", "Store revision of the catalog that HAProxy runs."), float64(r.Applied))
+	counter(desc("reloads_total", "Reloads of HAProxy asked for since the node started."), r.Reloads)
+	counter(desc("router_resyncs_total", "Full comparisons with HAProxy."), r.Resyncs)
+	counter(desc("router_drift_total", "Differences in HAProxy that audits found and removed."), r.Drift)
+	counter(desc("router_commands_total", "Runtime API commands sent to HAProxy."), r.Commands)
 	gauge(descSlots, float64(r.Slots-r.FreeSlots), "used")
 	gauge(descSlots, float64(r.FreeSlots), "free")
 }
@@ -189,29 +158,29 @@ func (m *metrics) collectNode(st wire.Status, gauge gaugeFunc, counter counterFu
 	if st.Router != nil {
 		haproxy = st.Router.Version
 	}
-	gauge(descInfo, 1, st.Name, st.Version, haproxy)
-	gauge(descServices, float64(st.Services))
-	gauge(descProblems, float64(st.Problems))
+	gauge(desc("node_info", "Always 1; the labels name the node and the versions it runs.", "node", "version", "haproxy_version"), 1, st.Name, st.Version, haproxy)
+	gauge(desc("services", "Services in the catalog, routable or not."), float64(st.Services))
+	gauge(desc("problems", "Keys with a problem, of all services and of this node."), float64(st.Problems))
 
 	confirmed := 0.0
 	if !st.Store.Confirmed.IsZero() {
 		confirmed = float64(st.Store.Confirmed.UnixMilli()) / 1000
 	}
-	gauge(descConfirmed, confirmed)
-	gauge(descLive, one(st.Store.Live))
-	gauge(descFollowed, float64(st.Store.Revision))
-	counter(descDrift, st.Store.Drift)
-	counter(descRestarts, st.Store.Restarts)
-	counter(descLists, st.Store.Lists)
-	gauge(descRevision, float64(st.Revision))
+	gauge(desc("store_last_confirmed_seconds", "Unix time when the catalog was last proved current; 0 if never."), confirmed)
+	gauge(desc("store_live", "1 while the catalog is proved current."), one(st.Store.Live))
+	gauge(desc("store_revision", "Store revision up to which the watch was followed."), float64(st.Store.Revision))
+	counter(desc("store_drift_total", "Periodic comparisons with the store that found a missed change. It must stay 0."), st.Store.Drift)
+	counter(desc("store_watch_restarts_total", "Watches of the store that had to be started again."), st.Store.Restarts)
+	counter(desc("store_lists_total", "Full reads of the catalog from the store."), st.Store.Lists)
+	gauge(desc("state_revision", "Store revision of the newest catalog on this node."), float64(st.Revision))
 	for _, source := range []wire.Source{wire.SourceNone, wire.SourceSnapshot, wire.SourceLive} {
-		gauge(descSource, one(st.Store.Source == source), string(source))
+		gauge(desc("state_source", "1 for the source of the catalog: live, snapshot (disk) or none.", "source"), one(st.Store.Source == source), string(source))
 	}
 	held := 0
 	if st.Held != nil {
 		held = st.Held.Removed
 	}
-	gauge(descHeld, float64(held))
+	gauge(desc("held_endpoints", "Endpoints that vanished at once and stay routed until that is confirmed."), float64(held))
 }
 
 func (m *metrics) collectServices(gauge gaugeFunc, counter counterFunc) {

@@ -15,6 +15,7 @@ import (
 	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/text"
+	"flotilla/internal/wait"
 	"flotilla/internal/wire"
 )
 
@@ -111,14 +112,6 @@ func (s *Server) node(known *state.Snapshot, n *state.Node) wire.Node {
 	}
 }
 
-func refOf(known *state.Snapshot, id string) wire.NodeRef {
-	ref := wire.NodeRef{ID: id}
-	if n := known.Nodes[id]; n != nil {
-		ref.Name, ref.Address = n.Record.Value.Name, n.Record.Value.Address
-	}
-	return ref
-}
-
 // findNode returns the ID of the node that somebody means: an ID, a name, an
 // address or the beginning of just one ID. With away it may also be the ID of a
 // node that is not there: one that has settings, or one that looks like systemd's.
@@ -173,7 +166,7 @@ func (s *Server) postSettings(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := wire.SettingsChanged{Node: refOf(known, id)}
+	out := wire.SettingsChanged{Node: wait.Ref(known, id)}
 	var set state.Settings
 	set, out.Changed, out.Revision, err = s.ChangeSettings(r.Context(), id, func(set *state.Settings) { editSettings(set, in) })
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"flotilla/internal/state"
 	"flotilla/internal/store"
 	"flotilla/internal/unit"
+	"flotilla/internal/wait"
 	"flotilla/internal/wire"
 )
 
@@ -37,8 +38,8 @@ func (s *Server) postMove(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := wire.Moved{Unit: u.Name, Node: refOf(known, id), Revision: known.Revision}
-	st := StandingOf(known, u)
+	out := wire.Moved{Unit: u.Name, Node: wait.Ref(known, id), Revision: known.Revision}
+	st := state.StandingOf(known, u)
 	switch {
 	case u.Requirements.Global:
 		return nil, wire.Errorf(wire.CodeConflict, "", "unit %s is global: it runs on every node that is fit for it", u.Name)

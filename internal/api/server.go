@@ -25,6 +25,7 @@ import (
 	"flotilla/internal/engine"
 	"flotilla/internal/state"
 	"flotilla/internal/store"
+	"flotilla/internal/wait"
 	"flotilla/internal/wire"
 )
 
@@ -82,13 +83,13 @@ type Ports struct{ HTTP, HTTPS, SNI int }
 type Server struct {
 	Config
 	metrics *metrics
-	pace    pace
+	pace    wait.Pace
 }
 
 // New returns a server for cfg. What it serves for others may be set until it
 // runs.
 func New(cfg Config) *Server {
-	s := &Server{Config: cfg, pace: usualPace}
+	s := &Server{Config: cfg, pace: wait.UsualPace}
 	s.metrics = newMetrics(s)
 	return s
 }

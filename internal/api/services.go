@@ -10,6 +10,7 @@ import (
 
 	"flotilla/internal/catalog"
 	"flotilla/internal/text"
+	"flotilla/internal/wait"
 	"flotilla/internal/wire"
 )
 
@@ -75,9 +76,9 @@ func (s *Server) getService(r *http.Request) (any, error) {
 		known = s.State.Latest()
 		e.Notes = append(e.Notes, fmt.Sprintf("how far the nodes are is not known: %v", err))
 	}
-	routers := applied{revision: svc.Revision, service: name}
-	routers.see(known)
-	e.Nodes = routers.list()
+	routers := wait.Applied{Revision: svc.Revision, Service: name}
+	routers.See(known)
+	e.Nodes = routers.List()
 	return e, nil
 }
 

@@ -53,7 +53,7 @@ func (s *Server) postUnits(r *http.Request) (any, error) {
 	list := submissions(known, in)
 	results, at, names := make([]wire.Result, len(list)), []int(nil), []string(nil)
 	for i, sub := range list {
-		results[i] = sub.decide(known, unitNamed(known, sub.Name)).Result
+		results[i] = sub.decide(known, known.Named(sub.Name)).Result
 		if !sub.double {
 			at, names = append(at, i), append(names, sub.Name)
 		}
@@ -79,14 +79,6 @@ func (s *Server) postUnits(r *http.Request) (any, error) {
 }
 
 func no(r wire.Result) bool { return r.Outcome == wire.Refused || r.Outcome == wire.Missing }
-
-// unitNamed returns the unit of that name; if there is none, one without records.
-func unitNamed(known *state.Snapshot, name string) *state.Unit {
-	if u := known.Units[name]; u != nil {
-		return u
-	}
-	return &state.Unit{Name: name, Requirements: &unit.Requirements{Unit: name}}
-}
 
 // submission is one unit of a request.
 type submission struct {
@@ -201,7 +193,7 @@ func (sub *submission) decide(known *state.Snapshot, u *state.Unit) Step {
 	case !have.Exists():
 		r.Desired, result.Outcome, take = unit.Inactive, wire.Created, true
 	case r.Text == from.text:
-	case StandingOf(known, u).Hash == from.hash: // comments and spacing differ
+	case state.StandingOf(known, u).Hash == from.hash: // comments and spacing differ
 		take = sub.Replace
 	case !sub.Replace:
 		result.Outcome = wire.Differs
@@ -219,7 +211,7 @@ func (sub *submission) decide(known *state.Snapshot, u *state.Unit) Step {
 	if sub.Desired != "" {
 		r.Desired = sub.Desired
 	}
-	if st := StandingOf(known, u); sub.retry && result.Outcome == wire.Unchanged && st.There.Active == "failed" && have.Value.Desired == unit.Launched && r.Desired == unit.Launched {
+	if st := state.StandingOf(known, u); sub.retry && result.Outcome == wire.Unchanged && st.There.Active == "failed" && have.Value.Desired == unit.Launched && r.Desired == unit.Launched {
 		r.Restarts++
 	}
 	st := Put(have, r, result)

@@ -108,7 +108,7 @@ func (c *changing) inBatches(known *state.Snapshot) (all [][]int) {
 // plan decides about the units of a batch.
 func (c *changing) plan(known *state.Snapshot, batch []int) (tx state.Tx) {
 	for _, i := range batch {
-		u := unitNamed(known, c.names[i])
+		u := known.Named(c.names[i])
 		if before := c.unsure[i]; before != nil && before.done(u.Record) {
 			c.steps[i] = *before
 			continue

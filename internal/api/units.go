@@ -10,50 +10,9 @@ import (
 
 	"flotilla/internal/state"
 	"flotilla/internal/unit"
+	"flotilla/internal/wait"
 	"flotilla/internal/wire"
 )
-
-// Standing is a unit as a snapshot with reports shows it: where it belongs, and
-// what is said of it there.
-type Standing struct {
-	*state.Unit
-	Home    string          // ID of the node that it belongs to; "" if it is global or nowhere
-	There   state.UnitState // what that node says of it
-	Known   bool            // it says something
-	Hash    string          // of its text; "" if that cannot be read
-	Current unit.Desired    // what has been reached there; "" for a global unit
-}
-
-// StandingOf returns how a unit stands. It takes nil for a unit of which there is
-// nothing at all.
-func StandingOf(known *state.Snapshot, u *state.Unit) Standing {
-	if u == nil {
-		u = &state.Unit{Requirements: &unit.Requirements{}}
-	}
-	st := Standing{Unit: u, Hash: u.Hash}
-	if u.Problem != "" { // then u.Hash may be that of an older text
-		st.Hash = ""
-		if f, err := unit.Parse(u.Record.Value.Text); err == nil {
-			st.Hash = f.Hash().String()
-		}
-	}
-	if u.Placement.Usable() {
-		st.Home = u.Placement.Value.Node
-		if n := known.Nodes[st.Home]; n != nil {
-			st.There, st.Known = n.Units.Value.Units[u.Name]
-		}
-	}
-	switch {
-	case u.Requirements.Global && u.Record.Exists():
-	case !st.Known || st.There.Hash == "":
-		st.Current = unit.Inactive
-	case st.There.Launched && st.There.Hash == st.Hash: // what was started is what is wanted now
-		st.Current = unit.Launched
-	default:
-		st.Current = unit.Loaded
-	}
-	return st
-}
 
 // reporting returns the nodes that say what they have, by ID.
 func reporting(known *state.Snapshot) []*state.Node {
@@ -62,7 +21,7 @@ func reporting(known *state.Snapshot) []*state.Node {
 
 // unitOf puts together all that is known of a unit. nodes are those of reporting.
 func unitOf(known *state.Snapshot, nodes []*state.Node, u *state.Unit) wire.Unit {
-	st := StandingOf(known, u)
+	st := state.StandingOf(known, u)
 	name, _ := unit.SplitName(u.Name)
 	out := wire.Unit{
 		Name: u.Name, Hash: st.Hash, Desired: u.Record.Value.Desired, Current: st.Current, Global: u.Requirements.Global, Template: name.IsTemplate(),
@@ -73,7 +32,7 @@ func unitOf(known *state.Snapshot, nodes []*state.Node, u *state.Unit) wire.Unit
 		out.Problem = u.Problem
 	}
 	if st.Home != "" {
-		out.Node, out.Placed = new(refOf(known, st.Home)), u.Placement.Value.Reason
+		out.Node, out.Placed = new(wait.Ref(known, st.Home)), u.Placement.Value.Reason
 	}
 	for _, n := range nodes {
 		if s, ok := n.Units.Value.Units[u.Name]; ok {

@@ -12,66 +12,11 @@ import (
 
 	"flotilla/internal/api/apitest"
 	"flotilla/internal/state"
-	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
 	"flotilla/internal/unit"
+	"flotilla/internal/wait"
 	"flotilla/internal/wire"
 )
-
-// What a unit has to be for a verb to be done.
-func TestGoals(t *testing.T) {
-	const text = "[Service]\nExecStart=/bin/true\n"
-	hash := apitest.Hash(t, text)
-	standing := func(desired unit.Desired, placement *state.Placement, st *state.UnitState) Standing {
-		keys := state.Keys{Prefix: "/"}
-		items := []store.KV{{Key: keys.Unit("a.service"), Value: state.Encode(state.UnitRecord{V: 1, Text: text, Desired: desired, Restarts: 2}), CreateRevision: 1, ModRevision: 1}}
-		if placement != nil {
-			placement.V = 1
-			items = append(items, store.KV{Key: keys.Placement("a.service"), Value: state.Encode(*placement), CreateRevision: 1, ModRevision: 1})
-		}
-		other := state.UnitState{Active: "active", Hash: hash, Restarts: 2, Launched: true}
-		for node, st := range map[string]*state.UnitState{"other": &other, "m": st} {
-			if st != nil {
-				items = append(items, store.KV{Key: keys.UnitsReport(node), Value: state.Encode(state.UnitsReport{V: 1, Units: map[string]state.UnitState{"a.service": *st}}), CreateRevision: 1, ModRevision: 1})
-			}
-		}
-		known := state.Load(keys, items, 1)
-		return StandingOf(known, known.Units["a.service"])
-	}
-	own := func(desired unit.Desired, st state.UnitState) Standing {
-		st.Launched = desired == unit.Launched
-		return standing(desired, &state.Placement{Node: "m"}, &st)
-	}
-	nowhere := standing(unit.Launched, nil, nil)
-	for name, tc := range map[string]struct {
-		goal goal
-		st   Standing
-		want verdict
-	}{
-		"active":                 {launched, own(unit.Launched, state.UnitState{Active: "active", Hash: hash, Restarts: 2}), reached},
-		"starting":               {launched, own(unit.Launched, state.UnitState{Active: "activating", Hash: hash, Restarts: 2}), underWay},
-		"old version":            {launched, own(unit.Launched, state.UnitState{Active: "active", Hash: "old", Restarts: 2}), underWay},
-		"not yet restarted":      {launched, own(unit.Launched, state.UnitState{Active: "active", Hash: hash, Restarts: 1}), underWay},
-		"failed":                 {launched, own(unit.Launched, state.UnitState{Active: "failed", Hash: hash, Restarts: 2}), broken},
-		"ended":                  {launched, own(unit.Launched, state.UnitState{Active: "inactive", Hash: hash, Restarts: 2}), doubtful},
-		"has yet to wait":        {launched, own(unit.Launched, state.UnitState{Active: "inactive", Hash: hash, Restarts: 2, Waiting: "soon"}), underWay},
-		"nowhere, to be started": {launched, nowhere, underWay},
-		"leaving": {launched, standing(unit.Launched, &state.Placement{Node: "m", Leave: "it moves"},
-			&state.UnitState{Active: "active", Hash: hash, Restarts: 2, Launched: true}), underWay},
-		"loaded":                 {loaded, own(unit.Loaded, state.UnitState{Active: "inactive", Hash: hash}), reached},
-		"still stopping":         {stopped, own(unit.Loaded, state.UnitState{Active: "deactivating", Hash: hash}), underWay},
-		"nowhere, to be stopped": {stopped, nowhere, reached},
-		"not yet taken up":       {stopped, standing(unit.Loaded, &state.Placement{Node: "m"}, nil), underWay},
-		"nowhere, to be loaded":  {loaded, nowhere, underWay},
-		"unloaded":               {inactive, nowhere, reached},
-		"to be unloaded":         {inactive, own(unit.Loaded, state.UnitState{Hash: hash}), underWay},
-		"to be destroyed":        {gone, nowhere, underWay},
-	} {
-		if got, _ := tc.goal(tc.st); got != tc.want {
-			t.Errorf("%s: %d, want %d", name, got, tc.want)
-		}
-	}
-}
 
 // wait asks for a wait and returns the events as they come.
 func (w *world) wait(in wire.Wait) <-chan wire.WaitEvent {
@@ -124,8 +69,8 @@ func expect(t *testing.T, events <-chan wire.WaitEvent, want ...wire.WaitEvent) 
 	}
 }
 
-func quick() pace {
-	return pace{settle: 20 * time.Millisecond, quiet: time.Millisecond, beat: 10 * time.Millisecond, silent: 15 * time.Second}
+func quick() wait.Pace {
+	return wait.Pace{Settle: 20 * time.Millisecond, Quiet: time.Millisecond, Beat: 10 * time.Millisecond, Silent: 15 * time.Second}
 }
 
 // Each unit gets one line when it is there, when it has failed, and when time is
@@ -158,7 +103,7 @@ func TestWaitForUnits(t *testing.T) {
 	}
 
 	// What may be about an earlier start is believed after a while.
-	w.pace.quiet = time.Hour
+	w.pace.Quiet = time.Hour
 	w.Place("once.service", "m1")
 	failed := state.UnitState{Hash: hash, Launched: true, Load: "loaded", Active: "failed", Sub: "failed"}
 	once := state.UnitState{Hash: hash, Launched: true, Load: "loaded", Active: "inactive", Sub: "dead"}
@@ -244,7 +189,7 @@ func TestWaitWithoutStore(t *testing.T) {
 	proxy := storetest.NewProxy(t, storetest.Start(t))
 	w := newWorldAt(t, proxy.Endpoint())
 	w.pace = quick()
-	w.pace.silent = 100 * time.Millisecond
+	w.pace.Silent = 100 * time.Millisecond
 	w.Unit("a.service", apitest.Text("a"), unit.Launched)
 	events := w.wait(wire.Wait{Goal: wire.GoalLaunched, Names: []string{"a.service"}})
 	<-events

@@ -217,7 +217,7 @@ func (h *Handler) getMachines(r *http.Request) (answer, error) {
 
 // asFleet writes a unit as fleet does. A list says "inactive" of a global unit,
 // a single one has no current state.
-func (h *Handler) asFleet(st api.Standing, listed bool) fleetUnit {
+func (h *Handler) asFleet(st state.Standing, listed bool) fleetUnit {
 	out := fleetUnit{Name: st.Name, DesiredState: st.Record.Value.Desired, CurrentState: st.Current, MachineID: st.Home}
 	f, err := unit.Parse(st.Record.Value.Text)
 	if st.Record.Problem != "" {
@@ -251,7 +251,7 @@ func (h *Handler) getUnits(r *http.Request) (answer, error) {
 	var page fleetPage
 	names, page.Next = cut(names, token)
 	for _, name := range names {
-		page.Units = append(page.Units, h.asFleet(api.StandingOf(known, known.Units[name]), true))
+		page.Units = append(page.Units, h.asFleet(state.StandingOf(known, known.Units[name]), true))
 	}
 	return answer{status: http.StatusOK, body: page}, nil
 }
@@ -261,7 +261,7 @@ func (h *Handler) getUnit(r *http.Request, name string) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	st := api.StandingOf(known, known.Units[name])
+	st := state.StandingOf(known, known.Units[name])
 	if !st.Record.Exists() {
 		return answer{}, refuse(http.StatusNotFound, "unit does not exist")
 	}
@@ -378,7 +378,7 @@ func setFleet(in fleetUnit, file *unit.File, u *state.Unit) (api.Step, error) {
 		return api.Step{}, refuse(http.StatusConflict, "unit does not exist and options field empty")
 	case !have.Exists():
 		outcome = wire.Created
-	case file != nil && api.StandingOf(&state.Snapshot{}, u).Hash != file.Hash().String():
+	case file != nil && state.StandingOf(&state.Snapshot{}, u).Hash != file.Hash().String():
 		outcome = wire.Replaced
 	case in.DesiredState == "":
 		return api.Step{}, refuse(http.StatusConflict, "must provide DesiredState to update existing unit")

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"slices"
 
-	"flotilla/internal/api"
 	"flotilla/internal/state"
 	"flotilla/internal/unit"
 )
@@ -53,7 +52,7 @@ func (h *Handler) getState(r *http.Request, name string) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	st := api.StandingOf(known, known.Units[name])
+	st := state.StandingOf(known, known.Units[name])
 	if !st.Record.Exists() {
 		return answer{}, refuse(http.StatusNotFound, "unit state does not exist")
 	}
