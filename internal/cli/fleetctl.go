@@ -4,11 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"flotilla/internal/wire"
 )
@@ -73,7 +71,7 @@ func fleetWords(cmd *cobra.Command, err error) string {
 // runFleetctl executes one command line of fleetctl and returns the exit code.
 func runFleetctl(args []string, stdout, stderr io.Writer) int {
 	cobra.EnablePrefixMatching = true
-	cmd, err := execute(newFleetctl(&cli{fleet: true}, os.Environ()), args, stdout, stderr)
+	cmd, err := execute(newFleetctl(&cli{fleet: true}), args, stdout, stderr)
 	if err != nil {
 		return reportFleet(cmd, stderr, err)
 	}
@@ -118,7 +116,7 @@ type fleetOptions struct {
 	debug              bool
 }
 
-func newFleetctl(c *cli, environ []string) *cobra.Command {
+func newFleetctl(c *cli) *cobra.Command {
 	var o fleetOptions
 	root := &cobra.Command{
 		Use:   "fleetctl",
@@ -143,7 +141,7 @@ Commands may be shortened, as long as it is clear which is meant.`, Version),
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return Usage(err.Error(), cmd.CommandPath()+" --help") })
 	root.CompletionOptions.DisableDefaultCmd = true
 	fl := root.PersistentFlags()
-	c.fleetEndpointFlags(fl)
+	c.fleetReachFlags(fl)
 	fl.StringVar(&o.driver, "driver", "API", "only API is there: the cluster is never spoken to through etcd")
 	fl.BoolVar(&o.debug, "debug", false, "accepted for old scripts")
 	fl.Float64Var(&o.requestTimeout, "request-timeout", 3, "accepted for old scripts")
@@ -153,7 +151,7 @@ Commands may be shortened, as long as it is clear which is meant.`, Version),
 		fl.String(name, "", "DEPRECATED: do not use this flag.")
 	}
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
-		if err := fromEnvironment(fl, "FLEETCTL_", environ); err != nil {
+		if err := fromEnvironment(cmd, fl, "FLEETCTL_"); err != nil {
 			return err
 		}
 		if !strings.EqualFold(o.driver, "API") && o.driver != "" {
@@ -162,7 +160,7 @@ Commands may be shortened, as long as it is clear which is meant.`, Version),
 		if cmd.Name() == "help" || cmd.Name() == "version" || cmd.Name() == "fd-forward" || cmd == root {
 			return nil
 		}
-		return c.fleetEndpoint()
+		return c.reachFleet()
 	}
 	root.AddCommand(c.catCommand(), c.destroyCommand(), c.listMachinesCommand(), c.listUnitFilesCommand(), c.listUnitsCommand(),
 		c.loadCommand(), c.restartCommand(), c.startCommand(), c.stopCommand(), c.submitCommand(), c.unloadCommand(), c.verifyCommand(),
@@ -172,24 +170,4 @@ Commands may be shortened, as long as it is clear which is meant.`, Version),
 			Run: func(cmd *cobra.Command, _ []string) { Say(cmd.OutOrStdout(), "fleetctl version %s\n", Version) },
 		})
 	return root
-}
-
-// fromEnvironment sets the flags that were not given from variables such as
-// FLEETCTL_ENDPOINT.
-func fromEnvironment(fl *pflag.FlagSet, prefix string, environ []string) error {
-	vars := map[string]string{}
-	for _, line := range environ {
-		name, value, _ := strings.Cut(line, "=")
-		vars[name] = value
-	}
-	var wrong error
-	fl.VisitAll(func(f *pflag.Flag) {
-		name := prefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if value := vars[name]; value != "" && !f.Changed && wrong == nil {
-			if err := fl.Set(f.Name, value); err != nil {
-				wrong = Usage(fmt.Sprintf("%s=%q: %v", name, value, err), "fleetctl --help")
-			}
-		}
-	})
-	return wrong
 }

@@ -340,41 +340,31 @@ func (c *cli) awaitEmpty(cmd *cobra.Command, n wire.NodeRef, limit time.Duration
 }
 
 func (c *cli) metadataCommand() *cobra.Command {
-	const letters = "keys are of letters, digits, '_', '.' and '-'"
-	command := func(use, short, what string, pair func(arg string) (key, value string, ok bool), wrong, hint string) *cobra.Command {
-		return &cobra.Command{
-			Use: use, Short: short, Long: short + ". It stays so when the node restarts.\n\nNODE is a name, an ID or its beginning, or an address.",
-			Args: Between(2, 1000, what), ValidArgsFunction: c.completeNodes,
-			RunE: func(cmd *cobra.Command, args []string) error {
-				change := wire.SettingsChange{Metadata: map[string]*string{}}
-				for _, arg := range args[1:] {
-					key, value, ok := pair(arg)
-					if !ok || !metadataKey(key) {
-						return Usage(fmt.Sprintf(wrong, arg), hint)
-					}
-					change.Metadata[key] = &value
-				}
-				changed, err := c.set(cmd, args[0], change)
-				return show(c, cmd, changed, err, func(w io.Writer, changed wire.SettingsChanged) {
-					Say(w, "metadata of node %s: %s\n", nodeName(changed.Node), dash(metadataText(changed.Metadata)))
-				})
-			},
-		}
-	}
 	return group("metadata", "Set or remove metadata of a node, over what its configuration says",
-		command("set NODE KEY=VALUE...", "Set metadata of a node", "a node and KEY=VALUE", func(arg string) (string, string, bool) {
-			key, value, ok := strings.Cut(arg, "=")
-			return key, value, ok && value != ""
-		}, "%q is not KEY=VALUE", "such as disk=ssd; "+letters),
-		command("remove NODE KEY...", "Remove metadata of a node, also what its configuration says", "a node and KEY", func(arg string) (string, string, bool) {
-			return arg, "", true // an empty value hides the node's own
-		}, "%q is not a key of metadata", letters))
+		c.editMetadata("set NODE KEY=VALUE...", "Set metadata of a node", "KEY=VALUE", "such as disk=ssd; "),
+		c.editMetadata("remove NODE KEY...", "Remove metadata of a node, also what its configuration says", "KEY", ""))
 }
 
-// metadataKey reports whether a text can be the key of metadata.
-func metadataKey(k string) bool {
+func (c *cli) editMetadata(use, short, form, example string) *cobra.Command {
 	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
-	return k != "" && strings.Trim(k, letters) == ""
+	return &cobra.Command{
+		Use: use, Short: short, Long: short + ". It stays so when the node restarts.\n\nNODE is a name, an ID or its beginning, or an address.",
+		Args: Between(2, 1000, "a node and "+form), ValidArgsFunction: c.completeNodes,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			change := wire.SettingsChange{Metadata: map[string]*string{}}
+			for _, arg := range args[1:] {
+				key, value, sets := strings.Cut(arg, "=") // an empty value hides the node's own
+				if key == "" || strings.Trim(key, letters) != "" || sets != (form == "KEY=VALUE") || sets && value == "" {
+					return Usage(fmt.Sprintf("%q is not %s of metadata", arg, form), example+"keys are of letters, digits, '_', '.' and '-'")
+				}
+				change.Metadata[key] = &value
+			}
+			changed, err := c.set(cmd, args[0], change)
+			return show(c, cmd, changed, err, func(w io.Writer, changed wire.SettingsChanged) {
+				Say(w, "metadata of node %s: %s\n", nodeName(changed.Node), dash(metadataText(changed.Metadata)))
+			})
+		},
+	}
 }
 
 // set changes the settings of a node.

@@ -8,9 +8,7 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -127,7 +125,7 @@ func (c *cli) runThere(cmd *cobra.Command, n wire.NodeRef, to remote.Target, lin
 
 	command := remote.Command{Line: line, Stdin: cmd.InOrStdin(), Stdout: cmd.OutOrStdout(), Stderr: cmd.ErrOrStderr(), ForwardAgent: forward}
 	if line == "" && term.IsTerminal(int(os.Stdin.Fd())) {
-		restore, pty, err := terminal()
+		restore, pty, err := remote.Terminal(os.Stdin)
 		if err != nil {
 			return err
 		}
@@ -139,51 +137,6 @@ func (c *cli) runThere(cmd *cobra.Command, n wire.NodeRef, to remote.Target, lin
 		return exitCode{ErrReported, code}
 	}
 	return err
-}
-
-// terminal hands the terminal to the far side until restore is called.
-func terminal() (restore func(), pty *remote.PTY, err error) {
-	fd := int(os.Stdin.Fd())
-	state, err := term.MakeRaw(fd)
-	if err != nil {
-		return nil, nil, fmt.Errorf("prepare the terminal: %w", err)
-	}
-	size := func() remote.Size {
-		columns, rows, err := term.GetSize(fd)
-		if err != nil {
-			return remote.Size{Columns: 80, Rows: 24}
-		}
-		return remote.Size{Columns: columns, Rows: rows}
-	}
-	resized, changed, done := make(chan remote.Size, 1), make(chan os.Signal, 1), make(chan struct{})
-	signal.Notify(changed, syscall.SIGWINCH)
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for {
-			select {
-			case <-changed:
-			case <-done:
-				return
-			}
-			select {
-			case resized <- size():
-			case <-done:
-				return
-			}
-		}
-	}()
-	restore = func() {
-		signal.Stop(changed)
-		close(done)
-		<-ended
-		_ = term.Restore(fd, state) // there is no other way back
-	}
-	name := os.Getenv("TERM")
-	if name == "" {
-		name = "xterm"
-	}
-	return restore, &remote.PTY{Term: name, Size: size(), Resized: resized}, nil
 }
 
 // fdForwardCommand is what the other side of a tunnel runs where sshd does not

@@ -8,8 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -243,8 +241,9 @@ func expandAll(args []string) ([]string, error) {
 	for _, arg := range args {
 		list := []string{arg}
 		if _, err := os.Stat(arg); err != nil {
-			if list, err = braces(arg); err != nil {
-				return nil, err
+			var ok bool
+			if list, ok = text.Braces(arg, mostExpanded); !ok {
+				return nil, Usage(fmt.Sprintf("%q stands for more than %d names", arg, mostExpanded), "give fewer at a time")
 			}
 		}
 		for _, a := range list {
@@ -258,98 +257,4 @@ func expandAll(args []string) ([]string, error) {
 		}
 	}
 	return all, nil
-}
-
-// braces returns what s stands for: web@{1..3} for three names, a{b,c} for
-// two, one group after the other and one in the other. Braces without a comma or
-// a range stand for themselves.
-func braces(s string) ([]string, error) {
-	open, end, parts := firstGroup(s)
-	if open < 0 {
-		return []string{s}, nil
-	}
-	tails, err := braces(s[end:])
-	if err != nil {
-		return nil, err
-	}
-	var all []string
-	for _, part := range parts {
-		heads, err := braces(part)
-		if err != nil {
-			return nil, err
-		}
-		for _, head := range heads {
-			for _, tail := range tails {
-				all = append(all, s[:open]+head+tail)
-			}
-		}
-		if len(all) > mostExpanded {
-			return nil, Usage(fmt.Sprintf("%q stands for more than %d names", s, mostExpanded), "give fewer at a time")
-		}
-	}
-	return all, nil
-}
-
-// firstGroup finds the first group of braces that stands for something: s[open:end]
-// for parts. open is -1 if there is none.
-func firstGroup(s string) (open, end int, parts []string) {
-	for open = 0; open < len(s); open++ {
-		if s[open] != '{' {
-			continue
-		}
-		depth, from := 0, open+1
-		parts = nil
-		for i := open; i < len(s); i++ {
-			switch s[i] {
-			case '{':
-				depth++
-			case '}':
-				depth--
-			case ',':
-				if depth == 1 {
-					parts = append(parts, s[from:i])
-					from = i + 1
-				}
-			}
-			if depth > 0 {
-				continue
-			}
-			if parts != nil {
-				return open, i + 1, append(parts, s[from:i])
-			}
-			if parts = numbers(s[open+1 : i]); parts != nil {
-				return open, i + 1, parts
-			}
-			break
-		}
-	}
-	return -1, 0, nil
-}
-
-// numbers returns the numbers of FIRST..LAST, with zeros before them if one of
-// the two has any; nil if s is no range. Too long a range is cut just above
-// what is allowed.
-func numbers(s string) []string {
-	first, last, ok := strings.Cut(s, "..")
-	if !ok {
-		return nil
-	}
-	from, err1 := strconv.ParseUint(first, 10, 31)
-	to, err2 := strconv.ParseUint(last, 10, 31)
-	if err1 != nil || err2 != nil {
-		return nil
-	}
-	width := 0
-	if len(first) > 1 && first[0] == '0' || len(last) > 1 && last[0] == '0' {
-		width = max(len(first), len(last))
-	}
-	low, high := min(from, to), max(from, to)
-	var list []string
-	for n := low; n <= high && len(list) <= mostExpanded; n++ {
-		list = append(list, fmt.Sprintf("%0*d", width, n))
-	}
-	if from > to {
-		slices.Reverse(list)
-	}
-	return list
 }

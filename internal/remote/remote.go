@@ -59,6 +59,22 @@ func ParseTarget(s string, port int) (Target, error) {
 	return t, nil
 }
 
+// ParseTargets reads targets between commas; none if s is "".
+func ParseTargets(s string) ([]Target, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var targets []Target
+	for one := range strings.SplitSeq(s, ",") {
+		to, err := ParseTarget(strings.TrimSpace(one), DefaultPort)
+		if err != nil {
+			return nil, err
+		}
+		targets = append(targets, to)
+	}
+	return targets, nil
+}
+
 // Address returns host:port.
 func (t Target) Address() string { return net.JoinHostPort(t.Host, strconv.Itoa(t.Port)) }
 
@@ -116,6 +132,23 @@ type Client struct {
 	forwarding bool       // the agent's channels are answered
 	byCommand  bool       // sockets are reached by a command, not by the server's forwarding
 	closed     bool
+}
+
+// DialFirst logs in to the first of the targets that answers. A host key that is
+// not accepted ends it: another target would only hide it.
+func DialFirst(ctx context.Context, targets []Target, o Options) (*Client, error) {
+	var failed []error
+	for _, to := range targets {
+		client, err := Dial(ctx, to, o)
+		if err == nil {
+			return client, nil
+		}
+		failed = append(failed, err)
+		if errors.Is(err, ErrHostKey) {
+			break
+		}
+	}
+	return nil, errors.Join(failed...)
 }
 
 // Dial logs in at a machine. ctx ends the attempt, not the connection.

@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"net"
+	"path/filepath"
 	"testing"
 
 	"flotilla/internal/nodeconfig"
@@ -30,5 +32,27 @@ func TestVariables(t *testing.T) {
 	none := func(string) bool { return false }
 	if _, err := nodeconfig.Load(new(nodeconfig.Config), none, environ); err != nil {
 		t.Error(err)
+	}
+}
+
+// A socket that is left of somebody who has ended is as good as none.
+func TestUnserved(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	if !unserved(path) {
+		t.Error("a socket that is not there is served")
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	if unserved(path) {
+		t.Error("a socket with a listener is not served")
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if !unserved(path) {
+		t.Error("a socket without its listener is served")
 	}
 }

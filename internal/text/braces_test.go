@@ -1,4 +1,4 @@
-package cli
+package text
 
 import (
 	"strings"
@@ -22,13 +22,13 @@ func TestBraces(t *testing.T) {
 		{"{{1..2}", "{1 {2"},
 		{"{1..1}", "1"},
 	} {
-		got, err := braces(tc.in)
-		if err != nil || strings.Join(got, " ") != tc.want {
-			t.Errorf("%s: %q, %v, want %s", tc.in, got, err, tc.want)
+		got, ok := Braces(tc.in, 10000)
+		if !ok || strings.Join(got, " ") != tc.want {
+			t.Errorf("%s: %q, %v, want %s", tc.in, got, ok, tc.want)
 		}
 	}
 	for _, in := range []string{"{1..20000}", "{1..2000000000}", strings.Repeat("{1..100}", 40)} {
-		if got, err := braces(in); err == nil {
+		if got, ok := Braces(in, 10000); ok {
 			t.Errorf("%s stands for %d names", in, len(got))
 		}
 	}
@@ -42,27 +42,12 @@ func FuzzBraces(f *testing.F) {
 		if len(s) > 200 {
 			return
 		}
-		list, err := braces(s)
-		if err == nil && (len(list) == 0 || len(list) > mostExpanded+1) {
+		list, ok := Braces(s, 1000)
+		if ok && (len(list) == 0 || len(list) > 1000) {
 			t.Errorf("%q stands for %d", s, len(list))
 		}
 		if !strings.ContainsRune(s, '{') && (len(list) != 1 || list[0] != s) {
 			t.Errorf("%q stands for %q", s, list)
 		}
 	})
-}
-
-func TestUnitName(t *testing.T) {
-	for _, tc := range []struct{ arg, name, file string }{
-		{"web", "web.service", "web.service"},
-		{"dir/web.service", "web.service", "dir/web.service"},
-		{"./web@1", "web@1.service", "web@1.service"},
-		{"multi-user.target", "multi-user.target", "multi-user.target"},
-		{"web.1", "web.1.service", "web.1.service"},
-		{"/abs/a.timer", "a.timer", "/abs/a.timer"},
-	} {
-		if name, file := unitName(tc.arg); name != tc.name || file != tc.file {
-			t.Errorf("%s: %s in %s, want %s in %s", tc.arg, name, file, tc.name, tc.file)
-		}
-	}
 }
