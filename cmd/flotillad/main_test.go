@@ -21,6 +21,7 @@ import (
 	"flotilla/internal/cli"
 	"flotilla/internal/client"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/wire"
 )
 
 func TestMain(m *testing.M) {
@@ -111,9 +112,9 @@ func ready(ts *testscript.TestScript, neg bool, _ []string) {
 	deadline := time.Now().Add(40 * time.Second)
 	var last string
 	for time.Now().Before(deadline) {
-		st, err := node.Status(context.Background())
+		st, err := client.Get[wire.Status](context.Background(), node, "/v1/status", nil)
 		if err == nil && st.Router.Serving && st.Store.Live {
-			if n, err := node.Nodes(context.Background()); err == nil && len(n.Nodes) == 1 && n.Nodes[0].Serving {
+			if n, err := client.Get[wire.Nodes](context.Background(), node, "/v1/nodes", nil); err == nil && len(n.Nodes) == 1 && n.Nodes[0].Serving {
 				return
 			}
 		}

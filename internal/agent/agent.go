@@ -118,7 +118,6 @@ type Agent struct {
 type tracked struct {
 	have
 	detail systemd.Detail // while it is failed or cannot be loaded
-	asked  int64          // number of the restart under way
 	turn   int            // of the worker whose end counts
 	cancel context.CancelFunc
 
@@ -225,7 +224,7 @@ func (a *Agent) open() error {
 		return err
 	}
 	for name, r := range records {
-		u := &tracked{have: have{record: r, On: true, Broken: r.Doing}}
+		u := &tracked{have: have{record: r, On: true}}
 		if r.Doing == Start { // it may not have been called
 			u.Launched = false
 		}

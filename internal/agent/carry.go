@@ -214,7 +214,7 @@ func (a *Agent) forget(name string) {
 		a.fail(name, err)
 		return
 	}
-	u.On, u.record, u.Broken = false, record{}, ""
+	u.On, u.record = false, record{}
 	a.succeed(name)
 }
 
@@ -266,7 +266,7 @@ func (a *Agent) load(ctx context.Context, now *part, names []string) []string {
 func (a *Agent) adopt(name string, w *want) {
 	u := a.units[name]
 	u.Launched = u.Launched || w.Desired == unit.Launched
-	u.Restarts, u.Doing, u.Broken = w.Restarts, "", ""
+	u.Restarts, u.Doing = w.Restarts, ""
 	if a.note(name) {
 		a.succeed(name)
 	}

@@ -262,7 +262,7 @@ func (a *Agent) statuses(ctx context.Context, names []string) (map[string]system
 // to systemd was lost or an earlier agent ended.
 func (a *Agent) settleRestarts(ctx context.Context) {
 	for name, u := range a.units {
-		if u.Broken != Restart || u.Busy != "" {
+		if u.Doing != Restart || u.Busy != "" {
 			continue
 		}
 		d, err := a.cfg.Systemd.Detail(ctx, name)
@@ -272,7 +272,7 @@ func (a *Agent) settleRestarts(ctx context.Context) {
 		if d.Invocation != u.Before {
 			u.Restarts = u.Asked
 		}
-		u.Broken, u.Doing, u.Before = "", "", ""
+		u.Doing, u.Before = "", ""
 		a.note(name)
 	}
 }
@@ -292,7 +292,7 @@ func (a *Agent) haves(now *part) map[string]have {
 		h := u.have
 		h.Resting, h.Released = !u.retryAt.IsZero(), u.released != version{} && u.released == of
 		if u.Busy == Restart {
-			h.Restarts = u.asked
+			h.Restarts = u.Asked
 		}
 		if !u.On {
 			h.Foreign = a.foreign(name)
@@ -325,7 +325,7 @@ func (a *Agent) noteFenced() {
 			u.turn++
 			u.Busy, u.cancel = "", nil
 		}
-		u.Launched, u.Doing, u.Broken = false, "", ""
+		u.Launched, u.Doing = false, ""
 		a.look[name] = true
 		a.note(name)
 	}
@@ -360,7 +360,7 @@ func (a *Agent) tell(now *part, f fence) {
 			if w == nil || s.Trouble == "" { // trouble is about what is wanted
 				s.Epoch = u.Epoch
 			}
-			if u.Busy == Stop || u.Broken == Stop { // waiters must not count it as launched
+			if u.Doing == Stop { // waiters must not count it as launched
 				if s.Active != "inactive" && s.Active != "failed" {
 					s.Active = "deactivating"
 				} else {

@@ -41,9 +41,8 @@ func (s Step) String() string { return fmt.Sprintf("%s %s: %s", s.Do, s.Unit, s.
 type have struct {
 	record                // what was done with it
 	On     bool           // it has files here, or had some when this was written down
-	Broken Action         // Start, Stop or Restart that was under way when an earlier agent ended
 	Status systemd.Status //
-	Busy   Action         // what is under way
+	Busy   Action         // what is under way; "" with Doing: an earlier agent ended before it knew what became of it
 
 	// The loop sets these before it plans.
 	Foreign  string // file of a unit of that name that is not ours
@@ -61,7 +60,7 @@ func (h have) alive() bool {
 }
 
 // started reports whether it was started here, or may have been.
-func (h have) started() bool { return h.Launched || h.Broken != "" || h.Busy != "" }
+func (h have) started() bool { return h.Launched || h.Doing != "" || h.Busy != "" }
 
 // stoppable reports whether the unit has to be stopped before its files may be
 // touched.
@@ -150,7 +149,7 @@ func keep(w *want, h have, f fence) []Step {
 		replaced = "it is exclusive and was placed anew"
 	}
 	switch {
-	case h.Broken == Stop && h.Busy == "":
+	case h.Doing == Stop && h.Busy == "":
 		return []Step{{Do: Stop, Reason: "its stop was under way"}}
 	case replaced != "" && h.stoppable():
 		return []Step{{Do: Stop, Reason: replaced}}

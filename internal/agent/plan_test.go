@@ -125,7 +125,7 @@ func parse(t *testing.T, input string) (map[string]*want, map[string]have, fence
 				case "busy":
 					h.Busy = Action(v)
 				case "broken":
-					h.Broken = Action(v)
+					h.Doing = Action(v)
 				case "launched":
 					h.Launched = v != "no"
 				case "active", "inactive", "failed", "activating", "deactivating":
@@ -174,15 +174,15 @@ func TestStartedBefore(t *testing.T) {
 func do(s Step, w *want, h have) have {
 	switch s.Do {
 	case Stop:
-		h.Launched, h.Broken, h.Busy, h.Status.Active, h.Status.Queued = false, "", "", "inactive", ""
+		h.Launched, h.Doing, h.Busy, h.Status.Active, h.Status.Queued = false, "", "", "inactive", ""
 	case Unload:
 		return have{Status: systemd.Status{Load: "not-found", Active: "inactive"}}
 	case Load:
 		h.On, h.Whole, h.Hash, h.Sum, h.Epoch, h.Exclusive, h.Status.Load = true, true, w.Hash, w.Sum, w.Epoch, w.Exclusive, "loaded"
 	case Start, Restart:
-		h.Launched, h.Restarts, h.Broken, h.Status.Active = true, w.Restarts, "", "active"
+		h.Launched, h.Restarts, h.Doing, h.Status.Active = true, w.Restarts, "", "active"
 	case Adopt:
-		h.Launched, h.Restarts, h.Broken = h.Launched || w.Desired == unit.Launched, w.Restarts, ""
+		h.Launched, h.Restarts, h.Doing = h.Launched || w.Desired == unit.Launched, w.Restarts, ""
 	case Release:
 		h.Released = true
 	}
@@ -212,9 +212,8 @@ func TestPlansConverge(t *testing.T) {
 				h := have{
 					On: true, record: record{
 						Whole: is("whole"), Hash: pick("hash", "h1", "h2", ""), Epoch: rapid.Int64Range(0, 2).Draw(t, "epoch"), Launched: is("launched"),
-						Restarts: rapid.Int64Range(0, 2).Draw(t, "restarts"), Exclusive: is("exclusive"),
+						Restarts: rapid.Int64Range(0, 2).Draw(t, "restarts"), Exclusive: is("exclusive"), Doing: Action(pick("doing", "", "", "stop", "start", "restart")),
 					},
-					Broken: Action(pick("broken", "", "", "stop", "start", "restart")),
 					Status: systemd.Status{Load: "loaded", Active: pick("active", "active", "inactive", "failed", "activating", "deactivating")},
 				}
 				h.Sum = h.Hash + pick("sum", "x", "y")
@@ -249,7 +248,7 @@ func TestPlansConverge(t *testing.T) {
 					t.Fatalf("%v of %+v", s, w)
 				}
 				if h, c := haves[s.Unit], calm[s.Unit]; s.Do == Stop && c == h && w.Hash == h.Hash && w.Epoch == h.Epoch && w.Exclusive == h.Exclusive &&
-					w.Desired == unit.Launched && w.Release == "" && w.Void == "" && h.Broken == "" {
+					w.Desired == unit.Launched && w.Release == "" && w.Void == "" && h.Doing == "" {
 					t.Fatalf("%v although all is well: %+v, %+v", s, w, h)
 				}
 				haves[s.Unit] = do(s, w, h)

@@ -21,7 +21,7 @@ func (a *Agent) work(name string, do Action, work func(context.Context) error) {
 	}
 	ctx, cancel := context.WithCancel(a.life)
 	u.turn++
-	u.Busy, u.cancel, u.Broken = do, cancel, ""
+	u.Busy, u.cancel = do, cancel
 	turn := u.turn
 	a.workers.Go(func() {
 		err := work(ctx)
@@ -53,8 +53,7 @@ func (a *Agent) take(e ended) {
 		return
 	}
 	if e.do == Restart && errors.Is(e.err, systemd.ErrUnknown) {
-		u.Broken = Restart // the next pass finds out
-		a.fail(e.name, e.err)
+		a.fail(e.name, e.err) // the next pass finds out
 		return
 	}
 	u.Doing, u.Before = "", ""
@@ -64,7 +63,7 @@ func (a *Agent) take(e ended) {
 	case e.do == Start && e.err != nil:
 		u.Launched = false
 	case e.do == Restart && e.err == nil:
-		u.Restarts = u.asked
+		u.Restarts = u.Asked
 	}
 	if a.note(e.name) && e.err == nil {
 		a.succeed(e.name)
@@ -79,8 +78,10 @@ func (a *Agent) stop(steps []Step) {
 	steps = slices.DeleteFunc(steps, func(s Step) bool {
 		a.log.Info("stopping a unit", "unit", s.Unit, "reason", s.Reason)
 		u := a.units[s.Unit]
+		old := u.Doing
 		u.Doing = Stop
 		if !a.note(s.Unit) {
+			u.Doing = old
 			return true
 		}
 		if u.cancel != nil {
@@ -148,7 +149,7 @@ func (a *Agent) startable(s Step, now *part) bool {
 	if !u.retryAt.IsZero() || !u.Whole || u.Status.Load != "loaded" {
 		return false
 	}
-	u.asked = w.Restarts
+	old := u.record
 	u.Doing, u.Launched, u.Asked, u.Before = s.Do, true, w.Restarts, ""
 	if s.Do == Start {
 		u.Restarts = w.Restarts
@@ -157,13 +158,17 @@ func (a *Agent) startable(s Step, now *part) bool {
 		defer cancel()
 		d, err := a.cfg.Systemd.Detail(ctx, s.Unit)
 		if err != nil {
-			u.Doing = ""
+			u.record = old
 			a.fail(s.Unit, err)
 			return false
 		}
 		u.Before = d.Invocation
 	}
-	return a.note(s.Unit)
+	if !a.note(s.Unit) {
+		u.record = old
+		return false
+	}
+	return true
 }
 
 // call returns what starts or restarts a unit when its turn comes, and calls pass

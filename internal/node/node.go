@@ -52,12 +52,12 @@ type node struct {
 	peer         *peer.Peer
 	api          *api.Server
 
-	services // where it routes
-	units    // where it runs units
+	routing // where it routes
+	units   // where it runs units
 }
 
-// services is what a node that routes has.
-type services struct {
+// routing is what a node that routes has.
+type routing struct {
 	catalog   *catalog.Feed
 	discovery *discovery
 	lastGood  *lastGood

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,11 +24,11 @@ import (
 
 	mdns "github.com/miekg/dns"
 
-	"flotilla/internal/api"
 	"flotilla/internal/client"
 	"flotilla/internal/nodeconfig"
 	"flotilla/internal/store"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/wire"
 )
 
 // nodeConfig in the environment makes the test binary a node with that
@@ -203,6 +204,10 @@ func apply(t *testing.T, c *store.Client, ops ...store.Op) int64 {
 	return revision
 }
 
+func status(t *testing.T, cfg nodeconfig.Config) (wire.Status, error) {
+	return client.Get[wire.Status](t.Context(), client.Dial(cfg.Socket), "/v1/status", nil)
+}
+
 func TestNodeRoutesAndReports(t *testing.T) {
 	endpoint := storetest.Start(t)
 	cfg := testConfig(t, endpoint)
@@ -213,7 +218,8 @@ func TestNodeRoutesAndReports(t *testing.T) {
 	node := client.Dial(cfg.Socket)
 
 	scheme := "http"
-	w, err := node.Set(t.Context(), "web", client.Change{Scheme: &scheme, AddEndpoints: []string{web}}, 20*time.Second)
+	var w wire.Written
+	err := node.Do(t.Context(), http.MethodPut, "/v1/services/web", url.Values{"wait": {"20s"}}, wire.ServiceChange{Scheme: &scheme, AddEndpoints: []string{web}}, &w)
 	if err != nil || !w.Changed || len(w.Applied) != 1 || !w.Applied[0].Reached {
 		t.Fatalf("set: %+v, error %v", w, err)
 	}
@@ -229,8 +235,8 @@ func TestNodeRoutesAndReports(t *testing.T) {
 	apply(t, c, store.Put("/services/other/scheme", "http\n"), store.Put("/services/other/hosts/x", again))
 	waitRouted(t, cfg, "other", "other")
 
-	if kv, found, err := c.Get(t.Context(), SchemaKey); err != nil || !found || kv.Value != `{"v":1}` {
-		t.Errorf("%s is %+v, error %v", SchemaKey, kv, err)
+	if kv, found, err := c.Get(t.Context(), "/flotilla/schema"); err != nil || !found || kv.Value != `{"v":1}` {
+		t.Errorf("the schema is %+v, error %v", kv, err)
 	}
 	text, _ := page(cfg, "/metrics")
 	for _, want := range []string{`flotilla_service_requests_total{code="2xx",service="web"} 1`, `flotilla_state_source{source="live"} 1`, "flotilla_store_drift_total 0", "flotilla_propagation_seconds_count 2"} {
@@ -244,8 +250,10 @@ func TestNodeRoutesAndReports(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	if _, found, err := c.Get(t.Context(), api.NodesPrefix+"n1"); err != nil || found {
-		t.Errorf("the stopped node is still in the list, error %v", err)
+	for _, prefix := range []string{"/flotilla/cluster/nodes/", "/flotilla/reports/"} {
+		if kvs, _, err := c.List(t.Context(), prefix); err != nil || len(kvs) > 0 {
+			t.Errorf("what the stopped node said of itself is still there: %v, error %v", kvs, err)
+		}
 	}
 }
 
@@ -271,8 +279,8 @@ func TestBootWithoutStore(t *testing.T) {
 	if text, fresh := page(cfg, "/freshz"); fresh || !strings.HasPrefix(text, "stale: ") {
 		t.Errorf("/freshz says %q", text)
 	}
-	st, err := client.Dial(cfg.Socket).Status(t.Context())
-	if err != nil || st.Store.Live || st.Store.Source != client.SourceSnapshot || st.Services != 1 {
+	st, err := status(t, cfg)
+	if err != nil || st.Store.Live || st.Store.Source != wire.SourceSnapshot || st.Services != 1 {
 		t.Errorf("status %+v, error %v", st.Store, err)
 	}
 }
@@ -357,7 +365,7 @@ func TestKillAndAdopt(t *testing.T) {
 	}
 	waitRouted(t, cfg, "web", "web")
 	waitFresh(t, cfg)
-	before, err := client.Dial(cfg.Socket).Status(t.Context())
+	before, err := status(t, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -370,7 +378,7 @@ func TestKillAndAdopt(t *testing.T) {
 	}
 	startNode(t, cfg)
 	waitFresh(t, cfg)
-	after, err := client.Dial(cfg.Socket).Status(t.Context())
+	after, err := status(t, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -397,19 +405,18 @@ func TestMassDisappearance(t *testing.T) {
 	waitRouted(t, cfg, "s03", "web")
 	waitFresh(t, cfg)
 	apply(t, c, deletes...)
-	node := client.Dial(cfg.Socket)
 	storetest.Wait(t, 10*time.Second, "the hold", func() bool {
-		st, err := node.Status(t.Context())
+		st, err := status(t, cfg)
 		return err == nil && st.Held != nil && st.Held.Removed == 12
 	})
 	if code, text := get(cfg, "s03"); code != 200 {
 		t.Errorf("a held endpoint answers %d %q", code, text)
 	}
-	if _, err := node.Confirm(t.Context()); err != nil {
+	if err := client.Dial(cfg.Socket).Do(t.Context(), http.MethodPost, "/v1/confirm", nil, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	storetest.Wait(t, 20*time.Second, "the services to go", func() bool { code, _ := get(cfg, "s03"); return code == 404 })
-	if st, err := node.Status(t.Context()); err != nil || st.Held != nil || st.Services != 0 {
+	if st, err := status(t, cfg); err != nil || st.Held != nil || st.Services != 0 {
 		t.Errorf("status %+v, error %v", st, err)
 	}
 }
