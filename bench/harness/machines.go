@@ -85,16 +85,17 @@ func (m *Machines) Shell(ctx context.Context, n Machine, script string) *exec.Cm
 	return m.Command(ctx, "cluster", "shell", n.Name, script)
 }
 
-// Everywhere runs a script on all machines at once.
-func (m *Machines) Everywhere(ctx context.Context, script func(i int) string) error {
+// Everywhere runs a script on all machines at once, and returns what each prints.
+func (m *Machines) Everywhere(ctx context.Context, script func(i int) string) ([]string, error) {
+	outs := make([]string, len(m.Nodes))
 	g, ctx := errgroup.WithContext(ctx)
 	for i, n := range m.Nodes {
-		g.Go(func() error {
-			_, err := Output(m.Shell(ctx, n, script(i)))
+		g.Go(func() (err error) {
+			outs[i], err = Output(m.Shell(ctx, n, script(i)))
 			return err
 		})
 	}
-	return g.Wait()
+	return outs, g.Wait()
 }
 
 // Power switches a machine on or off; "cut" is a power failure. It returns when a

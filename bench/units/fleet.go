@@ -122,7 +122,7 @@ func (f *fleet) start(ctx context.Context) error {
 			return err
 		}
 	}
-	err := f.ours.machines.Everywhere(ctx, func(i int) string {
+	_, err := f.ours.machines.Everywhere(ctx, func(i int) string {
 		address := f.nodes()[i].Address
 		return `systemctl stop flotilla-node
 cat >/run/systemd/system/fleetd.socket <<END
@@ -160,7 +160,7 @@ func (f *fleet) copyTo(ctx context.Context, n harness.Machine) (err error) {
 // quit ends the daemons at once, as when asked they would end unit after unit,
 // then the units, and removes what they have left on the nodes.
 func (f *fleet) quit(ctx context.Context, then string) error {
-	return f.ours.machines.Everywhere(ctx, func(int) string {
+	_, err := f.ours.machines.Everywhere(ctx, func(int) string {
 		return `systemctl kill -s KILL fleetd.service 2>/dev/null
 systemctl stop fleetd.socket fleetd.service 2>/dev/null
 systemctl stop 'bench@*.service'
@@ -169,6 +169,7 @@ systemctl daemon-reload
 systemctl reset-failed
 ` + then
 	})
+	return err
 }
 
 // sweep ends all units by hand and begins anew with nothing in the store.

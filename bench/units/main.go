@@ -15,6 +15,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -189,35 +190,49 @@ func (s *system) row(who string, units, round int, t trial) {
 }
 
 // floor is what systemd alone needs for n units, on all nodes at once, a share each.
+// What it is asked to do counts from when the first node's shell begins with it.
 func floor(ctx context.Context, s *system, n int) (t trial, err error) {
-	everywhere := func(ctx context.Context, script string) error {
+	everywhere := func(ctx context.Context, script string) ([]string, error) {
 		return s.machines.Everywhere(ctx, func(i int) string {
-			return fmt.Sprintf("n=%d\n%s", (n+len(s.machines.Nodes)-1-i)/len(s.machines.Nodes), script)
+			return fmt.Sprintf("date +%%s%%N; n=%d\n%s", (n+len(s.machines.Nodes)-1-i)/len(s.machines.Nodes), script)
 		})
 	}
-	err = everywhere(ctx, "systemctl stop flotilla-node; rm -rf /run/floor; mkdir /run/floor; cd /run/floor\n"+
+	_, err = everywhere(ctx, "systemctl stop flotilla-node; rm -rf /run/floor; mkdir /run/floor; cd /run/floor\n"+
 		"for i in $(seq $n); do cat >floor$i.service <<'END'\n"+unitText()+"END\ndone")
 	if err != nil {
 		return t, err
 	}
 	defer func() {
 		again := context.WithoutCancel(ctx)
-		err = errors.Join(err, everywhere(again, "rm -rf /run/floor; systemctl start flotilla-node"))
-		if err == nil {
+		_, failed := everywhere(again, "rm -rf /run/floor; systemctl start flotilla-node")
+		if err = errors.Join(err, failed); err == nil {
 			err = harness.Listed(again, len(s.machines.Nodes), s.machines.Command)
 		}
 	}()
-	t.start, err = timed(ctx, n, upLimit, func() error {
-		return everywhere(ctx, "cd /run/floor; systemctl link --runtime $PWD/*.service 2>/dev/null; systemctl daemon-reload; systemctl start --no-block $(ls)")
-	})
-	if err = errors.Join(err, t.start.failed); err != nil {
+	timedEverywhere := func(n int, script string) (timing, error) {
+		var outs []string
+		t, err := timed(ctx, n, upLimit, func() (err error) {
+			outs, err = everywhere(ctx, "cd /run/floor; "+script)
+			return err
+		})
+		late := math.Inf(1)
+		for _, out := range outs {
+			var began int64
+			if _, bad := fmt.Sscan(out, &began); bad != nil {
+				err = errors.Join(err, fmt.Errorf("when a shell began: %w", bad))
+			}
+			late = min(late, time.Unix(0, began).Sub(t.began).Seconds())
+		}
+		t.first, t.all, t.returned = t.first-late, t.all-late, t.returned-late
+		return t, errors.Join(err, t.failed)
+	}
+	t.start, err = timedEverywhere(n, "systemctl link --runtime $PWD/*.service 2>/dev/null; systemctl daemon-reload; systemctl start --no-block $(ls)")
+	if err != nil {
 		return t, err
 	}
-	end, err := timed(ctx, 0, upLimit, func() error {
-		return everywhere(ctx, "cd /run/floor; systemctl stop $(ls); systemctl disable --runtime $(ls) 2>/dev/null; systemctl daemon-reload")
-	})
+	end, err := timedEverywhere(0, "systemctl stop $(ls); systemctl disable --runtime $(ls) 2>/dev/null; systemctl daemon-reload")
 	t.gone = end.all
-	return t, errors.Join(err, end.failed)
+	return t, err
 }
 
 // compare prints what both were measured for.

@@ -107,6 +107,7 @@ func (w *watch) until(ctx context.Context, began time.Time, n int, limit time.Du
 
 // timing is how units came or went, in seconds.
 type timing struct {
+	began      time.Time
 	first, all float64 // until the first one did, and all
 	returned   float64 // until the command returned
 	failed     error   // what it returned
@@ -120,13 +121,14 @@ func timed(ctx context.Context, n int, limit time.Duration, command func() error
 	if err != nil {
 		return t, err
 	}
-	began, returned := time.Now(), make(chan time.Time)
+	t.began = time.Now()
+	returned := make(chan time.Time)
 	go func() {
 		t.failed = command()
 		returned <- time.Now()
 	}()
-	first, all, err := w.until(ctx, began, n, limit)
-	t.returned = (<-returned).Sub(began).Seconds()
+	first, all, err := w.until(ctx, t.began, n, limit)
+	t.returned = (<-returned).Sub(t.began).Seconds()
 	t.first, t.all, t.there = first, all, len(w.here)
 	return t, errors.Join(err, w.proc.Close())
 }
