@@ -373,35 +373,15 @@ func (c *cli) set(cmd *cobra.Command, node string, change wire.SettingsChange) (
 	return changed, err
 }
 
-func (c *cli) completeNodes(_ *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
-	return c.complete(len(args) == 0, cobra.ShellCompDirectiveNoFileComp, func(ctx context.Context) (words []string, err error) {
-		answer, err := c.nodes(ctx)
+func (c *cli) completeNodes(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	return complete(c, len(args) == 0, "/v1/nodes", prefix, func(answer wire.Nodes) (words []string) {
 		for _, n := range answer.Nodes {
 			name := n.Name
 			if !strings.HasPrefix(name, prefix) {
 				name = n.ID
 			}
-			if strings.HasPrefix(name, prefix) {
-				words = append(words, name+"\t"+n.Address)
-			}
+			words = append(words, name+"\t"+n.Address)
 		}
-		return words, err
-	})
-}
-
-// completeLimit bounds how long a TAB waits for the node.
-const completeLimit = time.Second
-
-// complete returns the words that ask finds, if they are to be asked for.
-func (c *cli) complete(more bool, directive cobra.ShellCompDirective, ask func(ctx context.Context) ([]string, error)) ([]string, cobra.ShellCompDirective) {
-	ctx, cancel := context.WithTimeout(context.Background(), completeLimit)
-	defer cancel()
-	if !more {
-		return nil, directive
-	}
-	words, err := ask(ctx)
-	if err != nil {
-		return nil, directive
-	}
-	return words, directive
+		return words
+	}), cobra.ShellCompDirectiveNoFileComp
 }

@@ -2,17 +2,21 @@ package cli
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"flotilla/internal/client"
 )
 
 // Say prints. A terminal or pipe that is gone has nobody to tell.
@@ -50,6 +54,23 @@ func asking[T any](c *cli, method, path string, body any, text func(w io.Writer,
 		err := c.dial().Do(cmd.Context(), method, to, nil, body, &answer)
 		return show(c, cmd, answer, err, text)
 	}
+}
+
+// completeLimit bounds how long a TAB waits for the node.
+const completeLimit = time.Second
+
+// complete asks the node for the words with which an argument may go on, if it may.
+func complete[T any](c *cli, more bool, path, prefix string, words func(answer T) []string) []string {
+	ctx, cancel := context.WithTimeout(context.Background(), completeLimit)
+	defer cancel()
+	if !more {
+		return nil
+	}
+	answer, err := client.Get[T](ctx, c.dial(), path, nil)
+	if err != nil {
+		return nil
+	}
+	return slices.DeleteFunc(words(answer), func(word string) bool { return !strings.HasPrefix(word, prefix) })
 }
 
 // colourOn reports whether w is a terminal whose user wants colours.

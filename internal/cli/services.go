@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -15,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"flotilla/internal/catalog"
-	"flotilla/internal/client"
 	"flotilla/internal/text"
 	"flotilla/internal/wire"
 )
@@ -357,13 +355,10 @@ func counters(c *wire.ServiceCounters) string {
 }
 
 func (c *cli) completeServices(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
-	return c.complete(len(args) == 0 || cmd.Name() == "remove", cobra.ShellCompDirectiveNoFileComp, func(ctx context.Context) (words []string, err error) {
-		list, err := client.Get[[]wire.ServiceSummary](ctx, c.dial(), "/v1/services", nil)
+	return complete(c, len(args) == 0 || cmd.Name() == "remove", "/v1/services", prefix, func(list []wire.ServiceSummary) (words []string) {
 		for _, s := range list {
-			if strings.HasPrefix(s.Name, prefix) {
-				words = append(words, s.Name+"\t"+dash(s.Scheme)+", "+text.Count(s.Endpoints, "endpoint"))
-			}
+			words = append(words, s.Name+"\t"+dash(s.Scheme)+", "+text.Count(s.Endpoints, "endpoint"))
 		}
-		return words, err
-	})
+		return words
+	}), cobra.ShellCompDirectiveNoFileComp
 }

@@ -391,15 +391,14 @@ func (c *cli) completeUnits(cmd *cobra.Command, args []string, prefix string) ([
 		directive = cobra.ShellCompDirectiveDefault
 	}
 	one := slices.Contains([]string{"cat", "explain", "move"}, cmd.Name())
-	return c.complete(!one || len(args) == 0, directive, func(ctx context.Context) (words []string, err error) {
-		known, err := c.units(ctx, nil)
+	return complete(c, !one || len(args) == 0, "/v1/units", prefix, func(known wire.Units) (words []string) {
 		for _, u := range known.Units {
-			if strings.HasPrefix(u.Name, prefix) && !slices.Contains(args, u.Name) {
+			if !slices.Contains(args, u.Name) {
 				words = append(words, u.Name+"\t"+string(u.Current))
 			}
 		}
-		return words, err
-	})
+		return words
+	}), directive
 }
 
 // awaitUnits waits until units are where the goal wants them, and prints a line for
