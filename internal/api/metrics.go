@@ -49,8 +49,6 @@ var (
 	descFleetTasks  = prometheus.NewDesc("fleet_engine_task_count_total", "Changes of placements.", nil, nil)
 	descFleetFailed = prometheus.NewDesc("fleet_engine_task_failure_count_total", "Changes of placements that failed.", nil, nil)
 	descFleetPasses = prometheus.NewDesc("fleet_engine_reconcile_count_total", "Passes of the engine.", nil, nil)
-
-	descQueries = desc("dns_queries_total", "DNS questions by how they were answered.", "answered")
 )
 
 func newMetrics(s *Server) *metrics {
@@ -89,12 +87,10 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 }
 
 func (m *metrics) collectDNS(d wire.DNSStats, gauge gaugeFunc, counter counterFunc) {
-	counter(descQueries, d.Local, "local")
-	counter(descQueries, d.Forwarded, "forwarded")
-	counter(descQueries, d.Cached, "cached")
-	counter(descQueries, d.Stale, "stale")
-	counter(descQueries, d.Errors, "error")
-	counter(descQueries, d.Dropped, "dropped")
+	queries := map[string]uint64{"local": d.Local, "forwarded": d.Forwarded, "cached": d.Cached, "stale": d.Stale, "error": d.Errors, "dropped": d.Dropped}
+	for answered, n := range queries {
+		counter(desc("dns_queries_total", "DNS questions by how they were answered.", "answered"), n, answered)
+	}
 	counter(desc("dns_upstream_failures_total", "Tries of an upstream resolver that failed."), d.UpstreamFailures)
 	gauge(desc("dns_cache_entries", "Answers of upstream resolvers in the cache."), float64(d.CacheEntries))
 }

@@ -28,7 +28,10 @@ func (e edits) set(name, value string) { e[name] = &value }
 func edit(c *wire.ServiceChange, have keys) (edits, error) {
 	e := edits{}
 	if c.Scheme != nil {
-		e["scheme"] = unlessEmpty(*c.Scheme)
+		e["scheme"] = nil
+		if *c.Scheme != "" {
+			e.set("scheme", *c.Scheme)
+		}
 	}
 	if c.HostPort != nil {
 		e["host_port"] = nil
@@ -59,13 +62,6 @@ func edit(c *wire.ServiceChange, have keys) (edits, error) {
 		}
 	}
 	return e, nil
-}
-
-func unlessEmpty(s string) *string {
-	if s == "" {
-		return nil
-	}
-	return &s
 }
 
 func editEndpoints(c *wire.ServiceChange, have keys, e edits) error {
