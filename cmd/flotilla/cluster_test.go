@@ -31,7 +31,7 @@ func TestClusterUsage(t *testing.T) {
 		{"cluster add --release potato", `--release "potato" is neither trixie nor bookworm`},
 		{"cluster add --metadata x", `--metadata "x" is not KEY=VALUE`},
 		{"cluster add --binary /etc/passwd", "--binary /etc/passwd is not a program"},
-		{"cluster up a b", `takes one name, and "b" is too much`},
+		{"cluster up a b", `takes one name; unexpected argument "b"`},
 		{"cluster remove", "needs a node, or a cluster and a node"},
 		{"cluster list -o xml", `--output "xml" is neither text nor json`},
 		{"cluster dwon", `there is no command "flotilla cluster dwon"`},
