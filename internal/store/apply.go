@@ -41,12 +41,6 @@ func CreatedAt(key string, createRevision int64) Cond {
 	return Cond{clientv3.Compare(clientv3.CreateRevision(key), "=", createRevision)}
 }
 
-// NoneChangedSince holds if no key below prefix was written after that revision.
-// It does not notice deletions.
-func NoneChangedSince(prefix string, revision int64) Cond {
-	return Cond{clientv3.Compare(clientv3.ModRevision(prefix).WithPrefix(), "<", revision+1)}
-}
-
 // Apply does all ops in one transaction if all conditions hold, and returns the
 // store revision at which they are in force. No op may touch a key that another
 // one puts. At most MaxOps ops and MaxOps conditions are allowed.
@@ -106,36 +100,4 @@ func unknownOutcome(err error) bool {
 		return false
 	}
 	return true
-}
-
-// Watch calls handle with the events below prefix, from fromRevision on and in
-// order, until ctx ends (nil) or handle or the watch fails. ErrCompacted: the
-// store no longer has all events since fromRevision. A watch of a store without
-// a leader fails; a watch of a member that hangs does not, see Reflector.
-func (c *Client) Watch(ctx context.Context, prefix string, fromRevision int64, handle func([]Event) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	watch := c.etcd.Watch(clientv3.WithRequireLeader(ctx), prefix, clientv3.WithPrefix(), clientv3.WithRev(fromRevision))
-	for resp := range watch {
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err := resp.Err(); err != nil {
-			return c.explain("watch "+prefix, err)
-		}
-		var events []Event
-		for _, e := range resp.Events {
-			events = append(events, eventOf(e))
-		}
-		if len(events) == 0 {
-			continue
-		}
-		if err := handle(events); err != nil {
-			return err
-		}
-	}
-	if ctx.Err() != nil {
-		return nil
-	}
-	return fmt.Errorf("watch %s: the watch was closed", prefix)
 }

@@ -25,8 +25,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
-
-	"flotilla/internal/wire"
 )
 
 // What a call may end with. Test with errors.Is.
@@ -71,10 +69,9 @@ type Client struct {
 	fresh      freshReads
 
 	mu      sync.Mutex
-	members []string      // client URLs that the members announce; guarded by mu
-	roster  []wire.Member // see Members; guarded by mu
-	inUse   []string      // what clientv3 was given last, best first; guarded by mu
-	cluster uint64        // id of the cluster that a configured endpoint last proved; 0 unknown; guarded by mu
+	members []string // client URLs that the members announce; guarded by mu
+	inUse   []string // what clientv3 was given last, best first; guarded by mu
+	cluster uint64   // id of the cluster that a configured endpoint last proved; 0 unknown; guarded by mu
 }
 
 // KV is one key. CreateRevision is 0 in an Event that deletes it.

@@ -1,7 +1,6 @@
 package store_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -38,13 +37,13 @@ func TestApplyWritesAllOrNothing(t *testing.T) {
 	if want := (store.KV{Key: "/a/2", Value: "two", CreateRevision: first, ModRevision: first}); kv != want || !ok || err != nil {
 		t.Errorf("got %+v %v %v, want %+v", kv, ok, err, want)
 	}
-	for _, cond := range []store.Cond{store.Missing("/a/1"), store.Present("/none"), store.Unchanged("/a/1", first-1), store.CreatedAt("/a/1", first+1), store.NoneChangedSince("/a/", first-1)} {
+	for _, cond := range []store.Cond{store.Missing("/a/1"), store.Present("/none"), store.Unchanged("/a/1", first-1), store.CreatedAt("/a/1", first+1)} {
 		if _, err := c.Apply(ctx, []store.Op{store.Put("/a/1", "x")}, cond); !errors.Is(err, store.ErrConflict) {
 			t.Errorf("%v, want ErrConflict", err)
 		}
 	}
 	rev, err := c.Apply(ctx, []store.Op{store.DeletePrefix("/a/"), store.Delete("/none")},
-		store.Present("/b"), store.Unchanged("/a/1", first), store.CreatedAt("/a/1", first), store.NoneChangedSince("/a/", first))
+		store.Present("/b"), store.Unchanged("/a/1", first), store.CreatedAt("/a/1", first))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,34 +100,6 @@ func TestApplyReportsAnUnknownOutcome(t *testing.T) {
 			t.Errorf("%v, want ErrUnavailable with its cause and not ErrUnknown", err)
 		}
 	})
-}
-
-func TestWatchFromACompactedRevision(t *testing.T) {
-	endpoint := storetest.Start(t)
-	etcd, c := raw(t, endpoint), open(t, endpoint)
-	put(t, etcd, "/a", "1")
-	rev := put(t, etcd, "/a", "2")
-	if _, err := etcd.Compact(t.Context(), rev); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.Watch(t.Context(), "/a", rev-1, nil); !errors.Is(err, store.ErrCompacted) {
-		t.Errorf("%v, want ErrCompacted", err)
-	}
-	enough := errors.New("enough")
-	err := c.Watch(t.Context(), "/a", rev, func(events []store.Event) error {
-		if len(events) != 1 || events[0].Value != "2" || events[0].ModRevision != rev {
-			t.Errorf("%+v", events)
-		}
-		return enough
-	})
-	if err != enough {
-		t.Errorf("%v, want what the handler returned", err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := c.Watch(ctx, "/a", 0, nil); err != nil {
-		t.Errorf("%v, want nil at the end of the context", err)
-	}
 }
 
 // Operators and old sidekicks write with etcdctl as it comes.

@@ -121,7 +121,7 @@ func (c *Client) round(ctx context.Context, probes map[string]*probe) {
 	cluster := c.cluster
 	for _, p := range all {
 		if p.err == nil && p.cluster == cluster && p.members != nil {
-			c.members, c.roster = c.usable(p.members), roster(p.members)
+			c.members = c.usable(p.members)
 			break
 		}
 	}
@@ -163,61 +163,6 @@ func (p *probe) read(ctx context.Context) {
 	default:
 		p.err = errors.New(short(tried.cause(err)))
 	}
-}
-
-// roster returns what the list says of each member.
-func roster(members []*etcdserverpb.Member) []wire.Member {
-	list := make([]wire.Member, len(members))
-	for i, m := range members {
-		list[i] = wire.Member{Name: m.Name, ID: strconv.FormatUint(m.ID, 16), Learner: m.IsLearner}
-		if len(m.ClientURLs) > 0 {
-			list[i].Endpoint = m.ClientURLs[0]
-		}
-	}
-	slices.SortFunc(list, func(a, b wire.Member) int { return strings.Compare(a.ID, b.ID) })
-	return list
-}
-
-// Members returns the members, voters and learners, as Run has last read them
-// linearizably: name, ID, Endpoint and Learner, by ID. While the store is away
-// the last list stays. It is nil if none was read, and must not be changed.
-func (c *Client) Members() []wire.Member {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.roster
-}
-
-// Opinion is what one member says by itself, with a quorum or without.
-type Opinion struct {
-	ID      string   // of the member, hexadecimal
-	Led     bool     // it leads, or knows who does
-	Members []string // IDs of the members that it knows; nil from a learner, which does not tell
-}
-
-// Opinion asks the member at the endpoint, and no other. A member that has not
-// been part of a quorum since it was started does not answer.
-func (c *Client) Opinion(ctx context.Context, endpoint string) (o Opinion, err error) {
-	ctx, cancel := withLimit(ctx, readLimit)
-	defer cancel()
-	etcd, err := c.dial(endpoint)
-	if err != nil {
-		return o, err
-	}
-	defer func() { _ = etcd.Close() }()
-	st, err := etcd.Status(ctx, endpoint)
-	if err == nil && !st.IsLearner {
-		var list *clientv3.MemberListResponse
-		if list, err = etcd.MemberList(ctx, clientv3.WithSerializable()); err == nil {
-			for _, m := range roster(list.Members) {
-				o.Members = append(o.Members, m.ID)
-			}
-		}
-	}
-	if err != nil {
-		return o, fmt.Errorf("ask the member of the store at %s: %s", endpoint, short(err))
-	}
-	o.ID, o.Led = strconv.FormatUint(st.Header.MemberId, 16), st.Leader != 0
-	return o, nil
 }
 
 // usable returns the client URLs that the voters announce, without those that
