@@ -19,8 +19,8 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/wire"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/wire"
 )
 
 // program is the built flotillad; bin/ is not kept in the repository.
@@ -106,16 +106,20 @@ func kill(t *testing.T, pid int, s syscall.Signal) {
 	}
 }
 
-func (n *node) status() (wire.Status, error) {
-	over := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+// api returns a client of the node's API.
+func (n *node) api() *http.Client {
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", filepath.Join(n.data, "node.sock"))
 		},
 	}}
+}
+
+func (n *node) status() (wire.Status, error) {
 	var s wire.Status
-	resp, err := over.Get("http://node/v1/status")
+	resp, err := n.api().Get("http://node/v1/status")
 	if err != nil {
 		return s, err
 	}

@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"flotilla/internal/wire"
 	"flotilla/internal/store/storetest"
+	"flotilla/internal/wire"
 )
 
 // TestFaults breaks one thing after another in one cluster. Whatever breaks in
@@ -41,6 +42,24 @@ func TestFaults(t *testing.T) {
 		}
 		routed(t, seen, name, "stable")
 	}
+
+	// Whatever a node does, it has two watches on the store: also the leader, and one
+	// that was just asked for what the others report.
+	t.Run("two watches of each node", func(t *testing.T) {
+		for _, n := range nodes {
+			resp, err := n.api().Get("http://node/v1/nodes")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+		}
+		wait(t, "the watches", func() string {
+			if got := watches(t, nodes); got != 2*len(nodes) {
+				return fmt.Sprintf("%d watches of %d nodes", got, len(nodes))
+			}
+			return ""
+		})
+	})
 
 	t.Run("the node process is killed", func(t *testing.T) {
 		l := startTraffic(nodes)
@@ -249,6 +268,30 @@ func TestExternalEtcd(t *testing.T) {
 	put("/services/web/hosts/1", first)
 	routed(t, []*node{n}, "web", "first")
 	c.Cont((leader + 1) % 3)
+}
+
+// watches returns how many watches the members of the store have, by their own count.
+func watches(t *testing.T, nodes []*node) int {
+	t.Helper()
+	sum := 0
+	for _, n := range nodes {
+		resp, err := oneShot.Get(fmt.Sprintf("http://%s:%d/metrics", n.address, clientPort))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rest, found := strings.Cut(string(text), "\netcd_debugging_mvcc_watcher_total ")
+		count := 0
+		if _, err := fmt.Sscan(rest, &count); !found || err != nil {
+			t.Fatalf("%s: no count of watches: %v", n.name, err)
+		}
+		sum += count
+	}
+	return sum
 }
 
 // leaderOf returns the node whose store leads.
