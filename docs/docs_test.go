@@ -1,4 +1,4 @@
-// Package docs_test holds the documents to the code: flags, metrics, direct
+// Package docs_test holds the documents to the code: flags, routes, metrics, direct
 // dependencies and links. It reads both as text and knows nothing else.
 package docs_test
 

@@ -258,7 +258,7 @@ func TestSystemTrouble(t *testing.T) {
 	}
 }
 
-// The agent is frozen: PID 1 kills what is exclusive while the machine's record
+// The agent is frozen: PID 1 kills what is exclusive while the node's record
 // is still there, Restart= or not.
 func TestSystemFrozenAgent(t *testing.T) {
 	r, conn := newReal(t)

@@ -120,7 +120,7 @@ type Applied struct {
 	Reached  bool   `json:"reached"`  // it is the asked revision or a newer one
 	// MS is the time from the beginning of the wait, or from the acknowledged
 	// write when both are one request, until the node's report was seen.
-	// Reports are written at most every 200 ms.
+	// A node waits for up to 200 ms between two reports.
 	MS float64 `json:"ms"`
 }
 
