@@ -74,7 +74,7 @@ func (m *machines) listed(ctx context.Context) error {
 	if err := harness.Listed(ctx, len(m.Nodes), m.Command); err != nil {
 		return err
 	}
-	return m.flotilla(ctx, "machines list")
+	return m.flotilla(ctx, "nodes list")
 }
 
 func (m *machines) serve(ctx context.Context) ([]kind, error) {
@@ -174,7 +174,7 @@ func (m *machines) back(ctx context.Context, _ *node, _ time.Time) error {
 
 func (m *machines) drain(ctx context.Context, n *node) error {
 	began := time.Now()
-	if err := m.flotilla(ctx, "machines drain "+n.name+" --wait --reason 'new disk'"); err != nil {
+	if err := m.flotilla(ctx, "nodes drain "+n.name+" --reason 'new disk'"); err != nil {
 		return err
 	}
 	if err := m.unitsOn(ctx, n.name); err != nil {
@@ -185,7 +185,7 @@ func (m *machines) drain(ctx context.Context, n *node) error {
 }
 
 func (m *machines) undrain(ctx context.Context, n *node) error {
-	return m.flotilla(ctx, "machines uncordon "+n.name)
+	return m.flotilla(ctx, "nodes undrain "+n.name)
 }
 
 func (m *machines) tryNext() [][2]string {
