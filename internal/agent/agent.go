@@ -199,7 +199,11 @@ func (a *Agent) Leave(ctx context.Context) error {
 			}
 		}()
 		a.lookAll = true
+		var guarding sync.WaitGroup
+		guarding.Go(func() { _ = a.guard.run(lctx) }) // else PID 1 would kill exclusive units while they stop
 		a.loop(lctx)
+		stop()
+		guarding.Wait()
 	}
 	select {
 	case <-a.empty:

@@ -85,7 +85,7 @@ func (n *node) runUnits(ctx context.Context) error {
 	if ctx.Err() == nil && n.hasLeft() {
 		n.log.Info("this node has left the cluster; it comes back when it is started again", "node", n.cfg.Name)
 		n.presence.Linger(false)
-		n.presence.Withdraw()
+		n.registration.Withdraw()
 		<-ctx.Done()
 		return err
 	}

@@ -97,9 +97,13 @@ func (f *Feed) Fresh(ctx context.Context) (*Snapshot, error) {
 		ctx, cancel = context.WithTimeout(ctx, freshLimit)
 		defer cancel()
 	}
+	seen := f.reflector.Status().Revision
 	revision, err := f.store.Revision(ctx, f.Keys.Confirmed())
 	if err != nil {
 		return nil, err
+	}
+	if f.reflector.Status().Held || revision < seen {
+		return nil, fmt.Errorf("%w: it holds another cluster or an older state than before", store.ErrUnavailable)
 	}
 	s, err := f.At(ctx, revision)
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -111,14 +115,17 @@ func (f *Feed) Fresh(ctx context.Context) (*Snapshot, error) {
 // Full is Fresh with the reports of all nodes.
 func (f *Feed) Full(ctx context.Context) (*Snapshot, error) {
 	defer f.FollowReports()()
-	if !f.Latest().Reports {
-		limited, cancel := context.WithTimeout(ctx, freshLimit)
-		defer cancel()
+	limited, cancel := context.WithTimeout(ctx, freshLimit)
+	defer cancel()
+	for {
 		if _, err := f.Until(limited, func(s *Snapshot) bool { return s.Reports }); err != nil {
 			return nil, fmt.Errorf("%w: the nodes' reports could not be read: %s", store.ErrUnavailable, f.reflector.Status().Err)
 		}
+		// The end of an earlier reader's minute may just have taken them away.
+		if s, err := f.Fresh(ctx); err != nil || s.Reports {
+			return s, err
+		}
 	}
-	return f.Fresh(ctx)
 }
 
 // FollowReports has the snapshots include the reports of nodes until release is
@@ -202,7 +209,7 @@ func (f *Feed) Lead(ctx context.Context, id, name string, lead func(context.Cont
 		switch {
 		case ctx.Err() != nil:
 		case errors.Is(err, store.ErrConflict): // another one was faster
-			_, _ = f.Until(ctx, func(newer *Snapshot) bool { return newer.Revision > s.Revision })
+			_, _ = f.Until(ctx, func(newer *Snapshot) bool { return newer != s })
 		case err != nil:
 			f.log.Warn("this node does not lead any more, or cannot", "err", err)
 		}

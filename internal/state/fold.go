@@ -131,8 +131,9 @@ func (d *draft) putUnit(kind, name string, kv store.KV) {
 	}
 	switch kind {
 	case "cluster/units":
-		text := u.Record.Value.Text
-		if assign(d, &u.Record, was.Record, kv) && (u.Record.Value.Text != text || u.Hash == "") {
+		before := u.Record
+		if assign(d, &u.Record, was.Record, kv) && (u.Record.Value.Text != before.Value.Text || u.Record.Value.Desired != before.Value.Desired ||
+			before.Problem != "" || u.Hash == "") {
 			u.read()
 		}
 	case "cluster/placements":

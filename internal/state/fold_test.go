@@ -120,6 +120,23 @@ func copied[T any](m map[string]*T) map[string]*T {
 	return c
 }
 
+// A text that comes with an unusable wish is read as soon as the wish is usable.
+func TestTextOfARepairedRecord(t *testing.T) {
+	w := &records{kvs: map[string]store.KV{}}
+	text := func(option string) string { return "[Service]\nExecStart=/bin/true\n[X-Fleet]\n" + option + "\n" }
+	s := Load(keys, nil, 1)
+	for _, r := range []UnitRecord{{V: 1, Text: text(""), Desired: unit.Launched}, {V: 1, Text: text("Exclusive=yes"), Desired: "foo"}, {V: 1, Text: text("Exclusive=yes"), Desired: unit.Launched}} {
+		s, _ = fold(keys, s, store.Update{Revision: w.revision + 1, Events: []store.Event{w.put(keys.Unit("a.service"), Encode(r))}})
+		u := s.Units["a.service"]
+		if want := r.Desired == "foo"; (u.Record.Problem != "") != want {
+			t.Errorf("%s: problem %q", r.Desired, u.Record.Problem)
+		}
+		if u.Record.Usable() && u.Requirements.Exclusive != strings.Contains(r.Text, "Exclusive") {
+			t.Errorf("requirements of another text: %+v", u.Requirements)
+		}
+	}
+}
+
 // Without the reports nothing else is missing, and to leave them out changes nothing.
 func TestReportsComeAndGo(t *testing.T) {
 	w := &records{kvs: map[string]store.KV{}}

@@ -36,6 +36,7 @@ type Registration struct {
 
 	mu      sync.Mutex // guards what follows
 	there   bool       // the record may be in the store
+	left    bool       // see Withdraw
 	number  int        // of the lease that the present session is for
 	session string
 }
@@ -105,6 +106,7 @@ func (r *Registration) settle(ctx context.Context, s *Snapshot, lease store.Leas
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
+	case r.left:
 	case other == nil && !r.there:
 		r.there = true
 		r.begin(lease.Number + 1) // there is none now, while the Presence is withdrawn
@@ -116,6 +118,14 @@ func (r *Registration) settle(ctx context.Context, s *Snapshot, lease store.Leas
 		r.presence.Withdraw()
 	}
 	return other, nil
+}
+
+// Withdraw takes the node's keys out of the store for good.
+func (r *Registration) Withdraw() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.left, r.there = true, false
+	r.presence.Withdraw()
 }
 
 // begin begins the session for a lease; r.mu is held.

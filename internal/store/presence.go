@@ -324,7 +324,7 @@ func (p *Presence) flush(ctx context.Context, lease clientv3.LeaseID) (size int,
 		for _, op := range ops {
 			size += len(op.ValueBytes())
 		}
-		tctx, cancel := context.WithTimeout(ctx, writeLimit)
+		tctx, cancel := context.WithTimeout(ctx, p.ttl/6) // a write that hangs must not keep the lease from being renewed
 		_, err := p.c.etcd.Txn(tctx).Then(ops...).Commit()
 		cancel()
 		if err != nil {

@@ -30,7 +30,7 @@ var goals = map[wire.Goal]goal{
 }
 
 func inactive(st state.Standing) (verdict, string) {
-	if st.Current == unit.Inactive {
+	if st.Current == unit.Inactive && !st.Placement.Exists() {
 		return reached, ""
 	}
 	return underWay, ""

@@ -46,7 +46,12 @@ func Run(ctx context.Context, feed *state.Feed, pace Pace, limit time.Duration, 
 	}
 	for {
 		known, newer := feed.Next()
-		events, until, done := what.look(known, time.Now())
+		var events []wire.WaitEvent
+		var until time.Time
+		done := false
+		if known.Reports { // without them nothing can be judged
+			events, until, done = what.look(known, time.Now())
+		}
 		if done {
 			return send(append(events, wire.WaitEvent{Outcome: wire.WaitEnd})...)
 		}

@@ -231,6 +231,9 @@ func (c *cluster) on(t *testing.T, node, command string) string {
 func (c *cluster) table(t *testing.T, args ...string) [][]string {
 	t.Helper()
 	r := c.run("", append(args, "--no-legend", "--full")...)
+	if r.code != 0 {
+		t.Logf("%s: exit code %d: %s", args[0], r.code, r.err)
+	}
 	var rows [][]string
 	for line := range strings.Lines(r.out) {
 		rows = append(rows, strings.Fields(line))
