@@ -36,7 +36,7 @@ func (c *cli) onNode(do func(cmd *cobra.Command, l local, m provision.Machine, a
 
 // ofCluster adds the flag that says which cluster a node is in.
 func (c *cli) ofCluster(cmd *cobra.Command) *cobra.Command {
-	cmd.Flags().StringVar(&c.cluster, "cluster", "", "name of the cluster (also FLOTILLA_CLUSTER; default "+defaultCluster+")")
+	cmd.Flags().StringVar(&c.cluster, "cluster", os.Getenv("FLOTILLA_CLUSTER"), "name of the cluster (also FLOTILLA_CLUSTER; default "+defaultCluster+")")
 	return cmd
 }
 
