@@ -218,6 +218,30 @@ func (a *Agent) Leave(ctx context.Context) error {
 	}
 }
 
+// LetGo deletes the placements on this node. It is for a node that runs nothing any
+// more and whose record is gone: its units are placed elsewhere at once.
+func (a *Agent) LetGo(ctx context.Context) error {
+	const atOnce = store.MaxOps / 2
+	for more := true; more; {
+		_, err := a.cfg.Feed.Update(ctx, func(s *state.Snapshot) (tx state.Tx, err error) {
+			for name, u := range s.Units {
+				if !u.Placement.Usable() || u.Placement.Value.Node != a.cfg.ID || len(tx.Ops) == atOnce {
+					continue
+				}
+				key := a.cfg.Feed.Keys.Placement(name)
+				tx.Ops = append(tx.Ops, store.Delete(key))
+				tx.Conds = append(tx.Conds, store.Unchanged(key, u.Placement.Modified))
+			}
+			more = len(tx.Ops) == atOnce
+			return tx, nil
+		})
+		if err != nil {
+			return fmt.Errorf("let go of the units of this node: %w", err)
+		}
+	}
+	return nil
+}
+
 // open reads what earlier agents left, once.
 func (a *Agent) open() error {
 	if a.opened {

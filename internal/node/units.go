@@ -15,6 +15,7 @@ import (
 	"flotilla/internal/agent"
 	"flotilla/internal/api"
 	"flotilla/internal/nodeconfig"
+	"flotilla/internal/state"
 	"flotilla/internal/systemd"
 )
 
@@ -84,8 +85,7 @@ func (n *node) runUnits(ctx context.Context) error {
 	err := n.agent.Run(actx)
 	if ctx.Err() == nil && n.hasLeft() {
 		n.log.Info("this node has left the cluster; it comes back when it is started again", "node", n.cfg.Name)
-		n.presence.Linger(false)
-		n.registration.Withdraw()
+		n.withdraw(ctx)
 		<-ctx.Done()
 		return err
 	}
@@ -95,11 +95,31 @@ func (n *node) runUnits(ctx context.Context) error {
 		if left := n.agent.Leave(leave); left != nil {
 			n.log.Warn("units are left on this node", "err", left)
 		} else {
-			n.presence.Linger(false)
+			n.withdraw(leave)
 		}
 	}
 	return err
 }
+
+// withdraw takes a node whose units have all stopped out of the cluster: first its
+// record, so that nothing is placed here any more, and then what was placed, so that
+// its units need not wait for it.
+func (n *node) withdraw(ctx context.Context) {
+	n.presence.Linger(false)
+	n.registration.Withdraw()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawLimit)
+	defer cancel()
+	_, err := n.state.Until(ctx, func(s *state.Snapshot) bool { return !s.Nodes[n.record.ID].Present() })
+	if err == nil {
+		err = n.agent.LetGo(ctx)
+	}
+	if err != nil {
+		n.log.Warn("the cluster does not know yet that this node's units may go elsewhere", "err", err)
+	}
+}
+
+// withdrawLimit bounds how long a node that leaves waits for the store.
+const withdrawLimit = 3 * time.Second
 
 // tellSilence logs, in the words that fleetd had and scripts look for, that the
 // store has not confirmed this machine for so long that others take it for dead.
