@@ -44,7 +44,7 @@ func TestMachinesStory(t *testing.T) {
 	}
 	for _, want := range []string{
 		`demo\d?: 3 nodes, all joined`, `(?m)^ +web@\d on n\d$`, `All units ran on the other two machines`,
-		`machine [0-9a-f]{32} is gone`, `No request was lost`, `Removing the cluster\.`,
+		`node [0-9a-f]{32} is gone`, `No request was lost`, `Removing the cluster\.`,
 	} {
 		if !regexp.MustCompile(want).MatchString(out) {
 			t.Errorf("the story lacks %q", want)
